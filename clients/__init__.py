@@ -1,0 +1,5 @@
+"""Client sides of methods. `standard` is the one training loop; a method adds a line only if it needs
+its own step or speaks its own actions.
+"""
+
+CLIENTS = {"standard": "clients.training:make"}

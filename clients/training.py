@@ -1,0 +1,217 @@
+"""The training and evaluation loop of every client. There is no second one.
+
+    message ─> load shared + personal into the resident model
+            ─> for each batch:  zero gradients -> step -> proximal term -> clip -> optimiser
+            ─> reply: shared part, metrics        (personal part -> context.state)
+
+A *step* turns one batch into gradients: back-propagation here, windows or a detacher term in other
+files, which pass their own `step` to `make` instead of writing a loop. A step runs wholly on the
+model's device (no `.item()`), so that it also runs on `meta` tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedsim import messages
+from fedsim.models.base import set_train_mode
+from fedsim.ranges import Count, NonNegative, Positive
+from fedsim.task import Task
+
+PERSONAL = "personal"  #: key of the personal part in `context.state`
+
+#: (task, inputs, labels) -> detached mean loss; leaves gradients in the parameters
+Step = Callable[[Task, Tensor, Tensor], Tensor]
+
+
+def back_propagation(task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The ordinary step: one graph over the whole model."""
+    loss = task.loss(task.model, inputs, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a client trains; the keys of `[client]`."""
+
+    lr: float
+    epochs: float
+    steps: int | None
+    batch_size: int
+    momentum: float
+    weight_decay: float
+    clip: float
+    proximal_mu: float
+
+
+def make(
+    task: Task,
+    /,
+    *,
+    lr: Positive = 0.01,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    momentum: NonNegative = 0.9,
+    weight_decay: NonNegative = 0.0,
+    batch_size: Count = 32,
+    epochs: Positive = 1.0,
+    steps: Count | None = None,
+    clip: NonNegative = 0.0,
+    proximal_mu: NonNegative = 0.0,
+) -> ClientApp:
+    """A client that trains by back-propagation.
+
+    Args:
+        lr: learning rate; [schedule] scales it over global rounds.
+        optimizer: `sgd` or `adamw`; its state starts empty in every round.
+        momentum: of `sgd`.
+        weight_decay: L2 term of `sgd`, decoupled decay of `adamw`.
+        batch_size: samples a step.
+        epochs: local epochs a round; fractions are rounded to whole steps.
+        steps: exact number of local steps a round instead of `epochs`.
+        clip: largest global gradient norm (0: no clipping).
+        proximal_mu: weight of FedProx' µ/2·‖w − w_global‖² on the shared part (arXiv 1812.06127).
+    """
+    recipe = Recipe(lr, epochs, steps, batch_size, momentum, weight_decay, clip, proximal_mu)
+    return client(task, recipe, optimizer, back_propagation)
+
+
+def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
+    """A ClientApp with the actions `train` and `evaluate` around the loop; methods add actions to it."""
+    app = ClientApp()
+    trainable = [p for p in task.model.parameters() if p.requires_grad]
+    tool = _optimizer(trainable, optimizer, recipe)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        config = messages.config_of(message)
+        who = partition_of(context)
+        task.load(_arrays(message), _personal(context))
+        started = time.perf_counter()
+        metrics = fit(
+            task,
+            task.data.client(who),
+            recipe,
+            tool,
+            step,
+            lr_scale=float(config.get(messages.LR_SCALE, 1.0)),  # type: ignore[arg-type]
+            proximal_mu=float(config.get("proximal-mu", recipe.proximal_mu)),  # type: ignore[arg-type]
+        )
+        if task.selection.personal:
+            context.state[PERSONAL] = task.personal()
+        metrics[messages.SECONDS] = time.perf_counter() - started
+        return messages.reply(message, task.shared(), metrics)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        config = messages.config_of(message)
+        task.load(_arrays(message), _personal(context))
+        split = str(config.get("split", "test"))
+        return messages.reply(message, None, task.evaluate_split(split, partition_of(context)))
+
+    return app
+
+
+def fit(
+    task: Task,
+    rows: np.ndarray,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    *,
+    lr_scale: float,
+    proximal_mu: float,
+) -> dict[str, float]:
+    """Train the resident model on some rows of the training data.
+
+    Args:
+        rows: indices into the training arrays, int64 [n].
+        lr_scale: factor on the recipe's learning rate in this round.
+        proximal_mu: FedProx µ; the anchor is the shared part at entry.
+
+    Returns:
+        `num-examples` trained on, mean `loss` over them.
+    """
+    if len(rows) == 0:
+        raise ValueError("this client has no training data")
+    set_train_mode(task.model, training=True)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * lr_scale
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    anchors = _anchors(task) if proximal_mu > 0 else []
+    total = torch.zeros((), dtype=torch.float64, device=task.device)
+    seen = 0
+    arrays = task.data.arrays
+    for batch in batches(len(rows), recipe):
+        inputs, labels = task.batch(arrays.train_x, arrays.train_y, rows[batch])
+        optimizer.zero_grad(set_to_none=True)
+        loss = step(task, inputs, labels)
+        for parameter, anchor in anchors:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
+        if recipe.clip > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        optimizer.step()
+        total += loss.double() * len(batch)
+        seen += len(batch)
+    return {messages.EXAMPLES: min(len(rows), seen), "loss": total.item() / seen}
+
+
+def batches(count: int, recipe: Recipe) -> Iterator[np.ndarray]:
+    """Positions of each batch: reshuffled every epoch by torch's generator, cut after the last step."""
+    per_epoch = math.ceil(count / recipe.batch_size)
+    left = recipe.steps or max(1, round(recipe.epochs * per_epoch))
+    while left > 0:
+        order = torch.randperm(count).numpy()
+        for start in range(0, count, recipe.batch_size):
+            if left == 0:
+                return
+            left -= 1
+            yield order[start : start + recipe.batch_size]
+
+
+def _anchors(task: Task) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    shared = {entry.name for entry in task.selection.shared}
+    return [
+        (p, p.detach().clone())
+        for name, p in task.model.named_parameters()
+        if p.requires_grad and name in shared
+    ]
+
+
+def _optimizer(
+    parameters: list[torch.nn.Parameter], name: str, recipe: Recipe
+) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def partition_of(context: Context) -> int:
+    """Which client this is."""
+    return int(context.node_config["partition-id"])
+
+
+def _arrays(message: Message) -> ArrayRecord:
+    record: Any = message.content.get(messages.ARRAYS)
+    if not isinstance(record, ArrayRecord):
+        raise ValueError(f"the instruction has no array record named '{messages.ARRAYS}'")
+    return record
+
+
+def _personal(context: Context) -> ArrayRecord | None:
+    record = context.state.get(PERSONAL)
+    return record if isinstance(record, ArrayRecord) else None

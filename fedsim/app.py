@@ -1,0 +1,177 @@
+"""server_app and client_app: what `fedsim run`, `flwr run .` and docker compose all execute.
+
+The server resolves the experiment and sends it (about 1 kB) inside each instruction; clients read no
+file. On our engines the grid is used as it is, a foreign grid is wrapped in `WireGrid`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsim import config, messages
+from fedsim.config import Experiment
+from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
+from fedsim.errors import UserError
+from fedsim.hooks import Hook
+from fedsim.version import code_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fedsim.runs import Run
+    from fedsim.task import Task
+
+log = logging.getLogger("fedsim")
+
+
+# ----------------------------------------------------------------------------------- client
+
+
+class FederatedClientApp(ClientApp):
+    """Hands every message to the client that its experiment names."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message (see `clients/training.py` for what happens inside)."""
+        from fedsim import payload
+
+        instruction = messages.config_of(message)
+        if message.metadata.message_type == messages.HELLO:
+            mine = int(context.node_config.get("partition-id", -1))
+            return messages.reply(
+                message, config={messages.CODE: code_digest(), messages.PARTITION: mine}
+            )
+        if instruction[messages.CODE] != code_digest():
+            raise RuntimeError(
+                f"this node runs fedsim {code_digest()}, the server {instruction[messages.CODE]}; "
+                "install the same version on both"
+            )
+        experiment = config.from_json(str(instruction[messages.EXPERIMENT]))
+        who = int(instruction.get(messages.PARTITION, context.node_config.get("partition-id", -1)))  # type: ignore[arg-type]
+        if not 0 <= who < experiment.clients:
+            raise RuntimeError(
+                f"partition-id {who} is not one of the experiment's {experiment.clients} clients; "
+                "check --node-config and partition.clients"
+            )
+        context.node_config["partition-id"] = who
+        with running(experiment, derive_seed(
+            experiment.seed, instruction[messages.ROUND], message.metadata.message_type, who
+        )):
+            task, app = _client(str(instruction[messages.EXPERIMENT]))
+            _same_backbone(task, str(instruction[messages.FROZEN]))
+            packed = payload.LAYOUT in message.content
+            reply = app(Message(payload.unpack(message.content), metadata=message.metadata), context)
+            if packed and reply.has_content():
+                reply = Message(payload.pack(reply.content, task.half), metadata=reply.metadata)
+            return reply
+
+
+@lru_cache(maxsize=2)
+def _client(text: str) -> tuple[Task, ClientApp]:
+    """Task and client app of an experiment; built once per process."""
+    from fedsim import task as tasks
+
+    task = tasks.cached(text)
+    app: ClientApp = task.experiment.build("client", task)
+    return task, app
+
+
+def _same_backbone(task: Task, expected: str) -> None:
+    if expected != task.frozen_digest:
+        raise RuntimeError(
+            f"the frozen part of this client's model (digest {task.frozen_digest}) is not the server's "
+            f"({expected}): the weights of model '{task.experiment['model'].name}' differ"
+        )
+
+
+@contextmanager
+def running(experiment: Experiment, seed: int) -> Iterator[None]:
+    """Seeded, and with the experiment's thread count, which belongs to the result; threads are restored."""
+    import torch
+
+    before = torch.get_num_threads()
+    threads = int(experiment["engine"].options.get("threads", 1))
+    if before != threads:
+        torch.set_num_threads(threads)
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        if before != threads:
+            torch.set_num_threads(before)
+
+
+# ----------------------------------------------------------------------------------- server
+
+
+def make_server_app(
+    experiment: Experiment | None = None, run: Run | None = None, hooks: Sequence[Hook] = ()
+) -> ServerApp:
+    """A ServerApp for one experiment, or (None) for the one that the run config names."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        chosen = experiment if experiment is not None else experiment_of(context.run_config)
+        serve(chosen, grid, run, hooks)
+
+    return app
+
+
+def experiment_of(run_config: dict[str, Any] | Any) -> Experiment:
+    """The experiment of a Flower run config (`experiment="..." overrides="rounds=3"`).
+
+    A relative path is looked up in the app that Flower unpacked, then among the shipped experiments.
+    """
+    import sys
+
+    unpacked = [Path(entry) for entry in sys.path if entry and (Path(entry) / "pyproject.toml").is_file()]
+    return config.load(
+        str(run_config.get("experiment", "quickstart")),
+        config.split_overrides(str(run_config.get("overrides", ""))),
+        folders=unpacked or [Path.cwd()],
+    )
+
+
+def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[Hook]) -> None:
+    """The server side of one run on any grid; leaves a finished run folder."""
+    from fedsim import task as tasks
+    from fedsim.finish import close
+    from fedsim.rounds import Loop
+    from fedsim.runs import FolderHook, Run
+    from fedsim.wire import WireGrid
+
+    foreign = not isinstance(grid, BaseGrid)
+    with running(experiment, derive_seed("server", experiment.seed)):
+        task = tasks.cached(experiment.json())
+        strategy = experiment.build("strategy")
+        if foreign:
+            from fedsim.progress import LogHook
+
+            grid = WireGrid(grid, experiment.clients, task.half)
+            hooks = [LogHook(), *hooks]
+            if experiment.baselines:
+                hooks[0].notice(f"baselines ({', '.join(experiment.baselines)}) run under `fedsim run` only")
+        run = run or Run.create(experiment)
+        watchers = [FolderHook(run), *hooks]
+        with run.lock():
+            loop = Loop(strategy, grid, task, run, watchers)
+            progress, _ = loop.execute()
+            summary = close(loop, progress)
+            for hook in watchers:
+                hook.finish(summary)
+
+
+#: what pyproject.toml names for `flwr run`
+server_app = make_server_app()
+client_app = FederatedClientApp()
+
+__all__ = ["UserError", "client_app", "make_server_app", "server_app"]

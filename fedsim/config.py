@@ -1,0 +1,483 @@
+"""Experiment = validated text: one TOML file, its overrides, and an error for every mistake.
+
+    x.toml + --set a.b=c ──> plain tables ──> defaults of the strategy ──> every section checked against
+    the signature of what its name resolves to ──> Experiment (complete: all defaults filled in)
+
+A section with a `name` is an object of the registry and its other keys are keyword arguments. The
+sections without a name (`evaluation`, `checkpoints`, `schedule`, `payload`) are the dataclass-like
+functions in SETTINGS below: their signatures are the schema, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedsim import registry
+from fedsim.errors import UserError, nearest
+from fedsim.ranges import Count, Fraction, Natural, Portion
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+#: section -> kind in the registry
+NAMED = {
+    "data": "datasets",
+    "partition": "partitions",
+    "model": "models",
+    "tuning": "tuning",
+    "client": "clients",
+    "strategy": "strategies",
+    "engine": "engines",
+}
+DEFAULT_NAMES = {
+    "data": "digits",
+    "partition": "iid",
+    "model": "tiny-clip",
+    "tuning": "full",
+    "client": "standard",
+    "strategy": "fedavg",
+    "engine": "serial",
+}
+
+
+def _partition_keys(*, clients: Count = 10, shots: Count | None = None, pooled: bool = False) -> None:
+    """Keys that every partition has.
+
+    Args:
+        clients: number of clients.
+        shots: keep this many samples per class and client (all of a class when a client has fewer).
+        pooled: hand the data of all clients to one client (the centralised baseline).
+    """
+
+
+#: keys that a named section has whatever its name
+COMMON: dict[str, Callable[..., None]] = {"partition": _partition_keys}
+
+
+def _evaluation(
+    *,
+    every: Count = 1,
+    batch_size: Count = 512,
+    validation: Portion = 0.0,
+    where: Literal["auto", "server", "clients"] = "auto",
+    split: Literal["test", "local"] = "test",
+    patience: Natural = 0,
+) -> None:
+    """When, where and on what the model is measured.
+
+    Args:
+        every: evaluate every so many rounds (the first and the last round always).
+        batch_size: samples per evaluation batch.
+        validation: share of the training data held back by the server; early stopping and the best
+            checkpoint use it alone.
+        where: `server` measures the shared state, `clients` every client's own model (mean over
+            clients); `auto` is `clients` as soon as something is personal.
+        split: `test` is the global test set, `local` the part of it that matches a client's classes.
+        patience: stop after so many evaluations without a better validation loss (0: never).
+    """
+
+
+def _checkpoints(*, every: Count = 1, keep: Count = 2) -> None:
+    """How often a run can be resumed from.
+
+    Args:
+        every: write a checkpoint every so many rounds (and at the end).
+        keep: keep the newest so many, and the best one on the validation split.
+    """
+
+
+def _schedule(
+    *,
+    kind: Literal["constant", "cosine", "linear", "step"] = "constant",
+    warmup: Natural = 0,
+    final: Fraction = 0.0,
+    step_every: Count = 10,
+    step_factor: Fraction = 0.1,
+) -> None:
+    """Learning rate over global rounds, as a factor on the client's `lr`, computed on the server.
+
+    Args:
+        kind: shape of the curve.
+        warmup: rounds of linear warm-up.
+        final: factor at the last round (`cosine`, `linear`).
+        step_every: rounds between drops (`step`).
+        step_factor: factor of each drop (`step`).
+    """
+
+
+def _payload(*, personal: list[str] | None = None) -> None:
+    """What stays with the client.
+
+    Args:
+        personal: name patterns (`*` and `?`) of changing entries that never travel: they live in the
+            client's state. `["head.*"]` is FedPer, `["*.bn?.*"]` is FedBN.
+    """
+
+
+SETTINGS: dict[str, Callable[..., None]] = {
+    "evaluation": _evaluation,
+    "checkpoints": _checkpoints,
+    "schedule": _schedule,
+    "payload": _payload,
+}
+
+_TOP = ("name", "seed", "rounds", "baselines")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One named section: which object, and its keyword arguments (complete, validated)."""
+
+    name: str
+    options: Mapping[str, Any]
+    common: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self) -> dict[str, Any]:
+        """The section as in the file."""
+        return {"name": self.name, **self.common, **self.options}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A complete, validated experiment. Immutable; `replace` makes a changed one."""
+
+    name: str
+    seed: int
+    rounds: int
+    baselines: tuple[str, ...]
+    sections: Mapping[str, Section]
+    settings: Mapping[str, Mapping[str, Any]]
+    sweep: Mapping[str, list[Any]]
+    folder: str
+    given: Mapping[str, Any]
+
+    def __getitem__(self, section: str) -> Section:
+        return self.sections[section]
+
+    @property
+    def clients(self) -> int:
+        """Number of clients that take part (1 when the data are pooled)."""
+        common = self["partition"].common
+        return 1 if common["pooled"] else int(common["clients"])
+
+    def build(self, section: str, *platform: Any) -> Any:
+        """Call what the section names with the platform's positional arguments and the file's keys."""
+        chosen = self.sections[section]
+        resolved = registry.resolve(NAMED[section], chosen.name)
+        return resolved.target(*platform, **{**resolved.fixed, **chosen.options})
+
+    def document(self) -> dict[str, Any]:
+        """Everything as plain tables (what `experiment.toml` of a run folder holds)."""
+        return _without_none(
+            {
+                "name": self.name,
+                "seed": self.seed,
+                "rounds": self.rounds,
+                "baselines": list(self.baselines),
+                **{name: section.table() for name, section in self.sections.items()},
+                **{name: dict(values) for name, values in self.settings.items()},
+            }
+        )
+
+    def toml(self) -> str:
+        """The document as TOML text."""
+        import tomli_w
+
+        return tomli_w.dumps(self.document())
+
+    def json(self) -> str:
+        """The document and its folder as one line of JSON: what travels inside every instruction."""
+        return json.dumps({**self.document(), "folder": self.folder}, separators=(",", ":"), sort_keys=True)
+
+    def digest(self) -> str:
+        """sha256 (16 hex digits) over everything that can change a result."""
+        document = self.document()
+        for irrelevant in ("name", "checkpoints", "baselines"):
+            document.pop(irrelevant, None)
+        document["engine"] = {"threads": document["engine"].get("threads", 1)}
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+    def replace(self, *overrides: str) -> Experiment:
+        """The same experiment with `"a.b=value"` overrides."""
+        return from_tables(self.given, source=self.name, folder=self.folder, overrides=overrides)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def load(
+    where: str | os.PathLike[str] | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    folders: Iterable[Path] = (),
+) -> Experiment:
+    """Read an experiment by path or by the name of a shipped one (`None`: the quickstart).
+
+    Args:
+        where: path of a TOML file, or a shipped name such as `"quickstart"`.
+        overrides: `"section.key=value"` strings; values are TOML, bare words are strings.
+        folders: where relative paths are looked up (default: the current folder).
+
+    Raises:
+        UserError: names the file, the key and the nearest right one.
+    """
+    path = find(where or "quickstart", folders)
+    try:
+        given = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    return from_tables(given, source=str(path), folder=str(path.resolve().parent), overrides=overrides)
+
+
+def find(where: str | os.PathLike[str], folders: Iterable[Path] = ()) -> Path:
+    """The file behind a path or a shipped name."""
+    text = os.fspath(where)
+    for folder in [*folders] or [Path.cwd()]:
+        candidate = folder / text
+        if candidate.is_file():
+            return candidate
+    shipped = shipped_folder()
+    by_name = shipped / f"{Path(text).name.removesuffix('.toml')}.toml"
+    if by_name.is_file() and Path(text).parent.name in ("", "experiments"):
+        return by_name
+    names = sorted(path.stem for path in shipped.glob("*.toml"))
+    raise UserError(f"no experiment file '{text}'; shipped experiments: {', '.join(names)}")
+
+
+@cache
+def shipped_folder() -> Path:
+    """`experiments/`: beside the checkout, or package data of an installed wheel."""
+    beside = Path(__file__).resolve().parent.parent / "experiments"
+    return beside if beside.is_dir() else Path(__file__).resolve().parent / "experiments"
+
+
+def from_json(text: str) -> Experiment:
+    """The inverse of `Experiment.json` (cached: clients call it once per message)."""
+    return _from_json(text)
+
+
+@cache
+def _from_json(text: str) -> Experiment:
+    given = json.loads(text)
+    folder = given.pop("folder", "")
+    return from_tables(given, source="the server's experiment", folder=folder)
+
+
+def from_tables(
+    given: Mapping[str, Any], *, source: str, folder: str = "", overrides: Iterable[str] = ()
+) -> Experiment:
+    """Validate plain tables.
+
+    Args:
+        given: top-level keys and sections as in a file.
+        source: what to call them in error messages.
+        folder: the experiment's folder; appended to `sys.path` so that a user's modules are found.
+        overrides: as in `load`.
+    """
+    extend_path(folder)
+    tables = _copy(given)
+    for override in overrides:
+        _apply(tables, override)
+    explicit = _copy(tables)
+    sweep = _check_sweep(tables.pop("sweep", {}), source)
+    known = {*_TOP, *NAMED, *SETTINGS, "sweep"}
+    for key in tables:
+        if key not in known:
+            raise UserError(f"{source}: unknown key or section '{key}': {nearest(key, known)}")
+    for key in (*NAMED, *SETTINGS):
+        if not isinstance(tables.setdefault(key, {}), dict):
+            raise UserError(f"{source}: '{key}' must be a section: [{key}]")
+    tables["strategy"].setdefault("name", DEFAULT_NAMES["strategy"])
+    _fill_strategy_defaults(tables, source)
+    sections = {name: _named_section(name, tables[name], source) for name in NAMED}
+    settings = {name: _settings(name, tables[name], source) for name in SETTINGS}
+    top = _check(_top_model(), {k: tables[k] for k in _TOP if k in tables}, source, "")
+    if not re.fullmatch(r"[\w.+-]+", top["name"]):
+        raise UserError(f"{source}: name '{top['name']}' must be letters, digits, '.', '_', '+', '-'")
+    return Experiment(
+        name=top["name"],
+        seed=top["seed"],
+        rounds=top["rounds"],
+        baselines=tuple(top.get("baselines", [])),
+        sections=sections,
+        settings=settings,
+        sweep=sweep,
+        folder=folder,
+        given=explicit,
+    )
+
+
+def _top_keys(
+    *, name: str = "experiment", seed: Natural = 0, rounds: Count = 10, baselines: list[str] | None = None
+) -> None:
+    """Top-level keys.
+
+    Args:
+        name: names the run folder.
+        seed: every random number of the run follows from it.
+        rounds: global rounds.
+        baselines: strategies to run on the same setting afterwards, for the closing table.
+    """
+
+
+def _top_model() -> type[BaseModel]:
+    return registry.schema(_top_keys)
+
+
+def _fill_strategy_defaults(tables: dict[str, Any], source: str) -> None:
+    """A strategy may bring sections of its own (`defaults`); the file's keys win."""
+    chosen = _resolve("strategy", tables["strategy"], source)
+    for section, values in getattr(chosen.target, "defaults", {}).items():
+        mine = tables[section]
+        if "name" in values and mine.get("name", values["name"]) != values["name"]:
+            continue
+        tables[section] = {**values, **mine}
+    for section, name in DEFAULT_NAMES.items():
+        tables[section].setdefault("name", name)
+
+
+def _resolve(section: str, values: Mapping[str, Any], source: str) -> registry.Resolved:
+    name = values["name"]
+    if not isinstance(name, str):
+        raise UserError(f"{source}: [{section}] name must be a string")
+    try:
+        return registry.resolve(NAMED[section], name)
+    except UserError as error:
+        raise UserError(f"{source}: [{section}] {error}") from error
+
+
+def _named_section(section: str, values: Mapping[str, Any], source: str) -> Section:
+    resolved = _resolve(section, values, source)
+    keys = {key: value for key, value in values.items() if key != "name"}
+    common: dict[str, Any] = {}
+    known = set(registry.schema(resolved.target).model_fields) - set(resolved.fixed)
+    if section in COMMON:
+        model = registry.schema(COMMON[section])
+        known |= set(model.model_fields)
+        own = {key: keys.pop(key) for key in list(keys) if key in model.model_fields}
+        common = _check(model, own, source, section)
+    where = f"{section}] ({resolved.name}"
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{source}: unknown key '{key}' in [{where}): {nearest(key, known)}")
+    options = _check(registry.schema(resolved.target), {**keys, **resolved.fixed}, source, section)
+    for key in resolved.fixed:
+        options.pop(key)
+    return Section(name=resolved.name, options=options, common=common)
+
+
+def _settings(section: str, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return _check(registry.schema(SETTINGS[section]), values, source, section)
+
+
+def _check(model: type[BaseModel], values: Mapping[str, Any], source: str, section: str) -> dict[str, Any]:
+    """Validate one table; the first mistake becomes a UserError naming file, section and key."""
+    from pydantic import ValidationError
+
+    try:
+        checked = model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_explain(error, model, source, section)) from error
+    return {key: getattr(checked, key) for key in model.model_fields if getattr(checked, key) is not None}
+
+
+def _explain(error: ValidationError, model: type[BaseModel], source: str, section: str) -> str:
+    problem = error.errors()[0]
+    key = str(problem["loc"][0]) if problem["loc"] else "?"
+    place = f"{source}: [{section}] {key}" if section else f"{source}: {key}"
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: unknown key '{key}' in [{section}]: {nearest(key, model.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{place} is missing; add it to the file or give --set {section}.{key}=..."
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{place}: {message} (got {problem.get('input')!r})"
+
+
+def _check_sweep(sweep: Any, source: str) -> dict[str, list[Any]]:
+    if not isinstance(sweep, dict):
+        raise UserError(f"{source}: [sweep] must be a section of 'key' = [values]")
+    for key, values in sweep.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{source}: [sweep] '{key}' must be a list of values")
+    return dict(sweep)
+
+
+# ------------------------------------------------------------------------------- overrides, paths
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`"client.lr=0.01"` -> (["client", "lr"], 0.01); a value that is no TOML is a plain string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: expected KEY=VALUE, for example --set client.lr=0.01")
+    return key.strip().split("."), toml_value(value.strip())
+
+
+def toml_value(text: str) -> Any:
+    """A TOML value, or the text itself when it is none."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def split_overrides(text: str) -> list[str]:
+    """`"rounds=3 client.lr=0.1"` (the `overrides` key of Flower's run config) -> list."""
+    return shlex.split(text)
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """`{"rounds": 5, "client": {"lr": 0.1}}` -> `["rounds=5", "client.lr=0.1"]`."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += [f"{key}.{inner}" for inner in overrides_of(value)]
+        else:
+            found.append(f"{key}={json.dumps(value)}")
+    return found
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    path, value = parse_override(override)
+    place = tables
+    for part in path[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override}: '{part}' is a value, not a section")
+        place = inner
+    if len(path) == 2 and path[-1] == "name" and place.get("name") != value:
+        # another object: the keys of the former one do not belong to it, those common to all do
+        kept = registry.schema(COMMON[path[0]]).model_fields if path[0] in COMMON else {}
+        for key in [key for key in place if key not in kept]:
+            del place[key]
+    place[path[-1]] = value
+
+
+def extend_path(folder: str) -> None:
+    """Append the experiment's folder and the current one to `sys.path` (never in front of ours)."""
+    for entry in (folder, str(Path.cwd())):
+        if entry and entry not in sys.path:
+            sys.path.append(entry)
+
+
+def _copy(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
+
+
+def _without_none(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in tables.items()
+        if value is not None
+    }

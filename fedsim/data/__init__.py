@@ -1,0 +1,17 @@
+"""Federated data: datasets, partitions, and what a client sees of them (names here, code in the modules)."""
+
+DATASETS = {
+    "digits": "fedsim.data.sources:digits",
+    "mnist-5k": "fedsim.data.sources:mnist_5k",
+    "npz:": "fedsim.data.sources:npz",
+    "imagefolder:": "fedsim.data.sources:imagefolder",
+}
+
+PARTITIONS = {
+    "iid": "fedsim.data.partition:iid",
+    "dirichlet": "fedsim.data.partition:dirichlet",
+    "pathological": "fedsim.data.partition:pathological",
+    "shard": "fedsim.data.partition:shard",
+    "size-skew": "fedsim.data.partition:size_skew",
+    "natural": "fedsim.data.partition:natural",
+}

@@ -1,0 +1,211 @@
+"""A dataset with its split: what the server holds back, and which samples each client has.
+
+    training data ─┬─ validation (server only, stratified, before anything is dealt out)
+                   └─ partition ─> client 0, client 1, ...
+    test data ─────── reported alone; `local_test` is the part that matches a client's classes
+
+All indices point into the arrays of the whole dataset. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsim.data.partition import Partition, partition
+from fedsim.data.sources import Arrays, stratified
+from fedsim.data.store import load_arrays
+
+if TYPE_CHECKING:
+    from fedsim.models.base import DataInfo
+
+Integers = npt.NDArray[np.int64]
+
+_DRAWN_CLIENTS, _LISTED_CLIENTS = 60, 40
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Arrays and who has them.
+
+    Args:
+        arrays: the whole dataset.
+        partition: positions of each client in the training arrays.
+        validation: sorted positions in the training arrays that the server holds back, int64.
+    """
+
+    arrays: Arrays
+    partition: Partition
+    validation: Integers
+
+    @property
+    def info(self) -> DataInfo:
+        """What a model may know of the data."""
+        from fedsim.models.base import DataInfo
+
+        return DataInfo(self.arrays.classes, tuple(self.arrays.train_x.shape[1:]))
+
+    @property
+    def clients(self) -> int:
+        """Number of clients."""
+        return self.partition.clients
+
+    def client(self, pid: int) -> Integers:
+        """Sorted positions of a client's samples in the training arrays."""
+        return self.partition.client(pid)
+
+    def class_counts(self) -> Integers:
+        """Training samples of each client and class, int64 [clients, classes]."""
+        classes = len(self.arrays.classes)
+        owner = np.repeat(np.arange(self.clients), self.partition.sizes())
+        cells = owner * classes + self.arrays.train_y[self.partition.indices]
+        return np.bincount(cells, minlength=self.clients * classes).reshape(self.clients, classes)
+
+    def local_test(self, pid: int) -> Integers:
+        """Sorted positions in the test arrays whose class mix is that of the client's training data.
+
+        As many as the test set allows without repeating a sample; classes that the test set lacks are
+        left out. The draw depends on `pid` alone.
+        """
+        classes = len(self.arrays.classes)
+        wanted = np.bincount(self.arrays.train_y[self.client(pid)], minlength=classes).astype(float)
+        test_y = np.asarray(self.arrays.test_y)
+        available = np.bincount(test_y, minlength=classes)
+        wanted[available == 0] = 0
+        if not wanted.any():
+            return np.empty(0, np.int64)
+        scale = (available[wanted > 0] / wanted[wanted > 0]).min()
+        counts = np.minimum(np.rint(wanted * scale).astype(np.int64), available)
+        rng = np.random.default_rng(pid)
+        drawn = [rng.permutation(np.flatnonzero(test_y == c))[:n] for c, n in enumerate(counts) if n]
+        return np.sort(np.concatenate(drawn))
+
+
+def load(
+    data_name: str,
+    data_options: Mapping[str, Any],
+    partition_name: str,
+    partition_options: Mapping[str, Any],
+    *,
+    clients: int,
+    shots: int | None = None,
+    pooled: bool = False,
+    validation: float = 0.0,
+    seed: int = 0,
+    roots: Sequence[Path] = (),
+) -> FederatedData:
+    """Load (from the cache after the first time), hold back the validation split, deal out the rest.
+
+    Args:
+        data_name: `[data] name`.
+        data_options: its keys.
+        partition_name: `[partition] name`.
+        partition_options: its own keys.
+        clients: number of clients.
+        shots: samples per class and client, or None for all.
+        pooled: one client with everybody's samples (the centralised baseline).
+        validation: share of each class of the training data that the server holds back.
+        seed: of the validation split and the partition.
+        roots: folders in which relative paths are looked up.
+
+    Raises:
+        UserError: see `load_arrays` and `partition`.
+    """
+    arrays = load_arrays(data_name, data_options, roots=roots)
+    labels = np.asarray(arrays.train_y)
+    held = stratified(labels, validation, seed=seed) if validation else np.empty(0, np.int64)
+    rest = np.setdiff1d(np.arange(len(labels)), held)
+    groups = None if arrays.groups is None else np.asarray(arrays.groups)[rest]
+    dealt = partition(
+        partition_name,
+        partition_options,
+        labels=labels[rest],
+        groups=groups,
+        clients=clients,
+        shots=shots,
+        pooled=pooled,
+        seed=seed,
+    )
+    return FederatedData(arrays, Partition(rest[dealt.indices], dealt.offsets), held)
+
+
+# -------------------------------------------------------------------------------- looking at a split
+
+
+def split_lines(counts: Integers, classes: Sequence[str]) -> list[str]:
+    """A terminal picture of a split, at most 100 columns wide.
+
+    One line per client with one cell per class (darker: more of the client's own samples); many clients,
+    or more classes than columns, are summed up in ranges.
+
+    Args:
+        counts: samples [clients, classes].
+        classes: their names.
+    """
+    shades = " ░▒▓█"
+    rows = np.array_split(np.arange(len(counts)), min(len(counts), _LISTED_CLIENTS))
+    columns = np.array_split(np.arange(len(classes)), min(len(classes), 48))
+    cell = max(1, min(6, 60 // len(columns) - 1))
+    gap = " " if cell > 1 else ""
+    names = [classes[group[0]] for group in columns]
+    lines = [f"{'client':>13} {'samples':>8}  " + gap.join(f"{name[:cell]:<{cell}}" for name in names)]
+    for row in rows:
+        total = counts[row].sum(0)
+        parts = np.array([total[group].sum() for group in columns])
+        share = parts / max(parts.sum(), 1)
+        cells = [shades[0 if part == 0 else min(4, 1 + int(part * 8))] * cell for part in share]
+        label = str(row[0]) if len(row) == 1 else f"{row[0]}-{row[-1]}"
+        lines.append(f"{label:>13} {int(total.sum()):>8}  " + gap.join(cells))
+    sizes = counts.sum(1)
+    lines.append(
+        f"{len(counts)} clients, {int(sizes.sum())} samples: smallest client {sizes.min()}, median "
+        f"{np.median(sizes):.0f}, largest {sizes.max()}; {(counts > 0).sum(1).mean():.1f} classes per client"
+    )
+    missing = [name for name, total in zip(classes, counts.sum(0), strict=True) if total == 0]
+    if missing:
+        named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        lines.append(f"no client has samples of {len(missing)} classes: {named}"[:100])
+    return lines
+
+
+def draw_split(counts: Integers, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """A picture of a split as PNG: samples per client, stacked by class; the first 60 clients at most.
+
+    Args:
+        counts: samples [clients, classes].
+        classes: their names.
+        path: the file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = counts[:_DRAWN_CLIENTS]
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    floor = np.zeros(len(shown), np.int64)
+    colours = np.linspace(0, 1, len(classes))
+    for column, name in enumerate(classes):
+        colour = _colour(float(colours[column]), column, len(classes))
+        axes.bar(np.arange(len(shown)), shown[:, column], bottom=floor, label=name, color=colour, width=0.9)
+        floor += shown[:, column]
+    note = f" (the first {len(shown)} of {len(counts)})" if len(shown) < len(counts) else ""
+    axes.set(xlabel=f"client{note}", ylabel="training samples", xlim=(-0.6, len(shown) - 0.4))
+    if len(classes) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
+    figure.savefig(path, dpi=120)
+
+
+def _colour(position: float, number: int, classes: int) -> Any:
+    """Distinct colours while they last, then a continuous scale."""
+    from matplotlib import colormaps
+
+    if classes <= 20:
+        return colormaps["tab10" if classes <= 10 else "tab20"](number)
+    return colormaps["viridis"](position)

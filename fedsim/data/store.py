@@ -1,0 +1,171 @@
+"""Datasets decoded once per machine and memory-mapped by every process afterwards.
+
+    <cache>/data/<key>/meta.json, train_x.npy, train_y.npy, test_x.npy, test_y.npy[, groups.npy]
+
+The cache is `$FEDSIM_CACHE` or ~/.cache/fedsim. An entry appears by one rename of a finished folder, so
+that any number of processes may start at once. It may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim import registry
+from fedsim.data.sources import Arrays, image_files
+from fedsim.errors import UserError
+
+_VERSION = "1"
+
+
+def cache_folder(part: str) -> Path:
+    """The folder `part` of the cache, made if needed.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    chosen = os.environ.get("FEDSIM_CACHE")
+    folder = (Path(chosen) if chosen else Path.home() / ".cache" / "fedsim") / part
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the cache folder '{folder}' ({error.strerror}); "
+            "set FEDSIM_CACHE to a folder you may write to"
+        ) from error
+    return folder
+
+
+def cache_key(*parts: object) -> str:
+    """A file name for these parts: 32 hex digits of their sha256 (parts are JSON values or bytes)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        text = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()[:32]
+
+
+def load_arrays(name: str, options: Mapping[str, Any], *, roots: Sequence[Path] = ()) -> Arrays:
+    """The arrays behind `[data]`, memory-mapped read-only.
+
+    Args:
+        name: `[data] name`.
+        options: its other keys; a relative `path` is looked up in `roots`.
+        roots: folders, first match wins; the current folder when empty.
+
+    Raises:
+        UserError: unknown name, or whatever is wrong with the data.
+    """
+    source = registry.resolve("datasets", name)
+    keys = {**source.fixed, **options}
+    stamp: list[Any] = []
+    if isinstance(keys.get("path"), str):
+        keys["path"] = str(_find(keys["path"], roots))
+        stamp = _stamp(Path(keys["path"]))
+    target = source.target
+    code = _stamp(Path(inspect.getsourcefile(target) or ""))
+    key = cache_key(_VERSION, f"{target.__module__}:{target.__qualname__}", code, keys, stamp)
+    folder = cache_folder("data") / key
+    found = _open(folder)
+    if found is None:
+        _write(folder, _checked(target(**keys), name))
+        found = _open(folder)
+    if found is None:
+        raise UserError(f"the cache entry '{folder}' cannot be read back; delete it and check the disk")
+    return found
+
+
+def _find(path: str, roots: Sequence[Path]) -> Path:
+    """The first existing `root / path`; the path itself if there is none (its reader says so)."""
+    candidates = [root / Path(path).expanduser() for root in roots or [Path.cwd()]]
+    return next((found.resolve() for found in candidates if found.exists()), candidates[0])
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What changes when a file, or any image in a folder, is replaced: names, sizes, times."""
+    files = image_files(path) if path.is_dir() else [path] if path.is_file() else []
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _checked(arrays: Arrays, name: str) -> Arrays:
+    """Refuse what no model could use, whoever wrote the dataset function."""
+    for part, x, y in (
+        ("training", arrays.train_x, arrays.train_y),
+        ("test", arrays.test_x, arrays.test_y),
+    ):
+        if len(y) == 0:
+            raise UserError(f"[data] '{name}': the {part} set is empty; give it samples (test_fraction > 0)")
+        if len(x) != len(y):
+            raise UserError(f"[data] '{name}': {len(x)} {part} inputs but {len(y)} labels")
+        if x.dtype not in (np.uint8, np.float32) or y.dtype != np.int64:
+            raise UserError(
+                f"[data] '{name}': {part} inputs must be uint8 or float32 and labels int64, "
+                f"not {x.dtype} and {y.dtype}"
+            )
+        wrong = np.setdiff1d(y, np.arange(len(arrays.classes)))
+        if len(wrong):
+            raise UserError(
+                f"[data] '{name}': {part} label {wrong[0]} is unknown, there are {len(arrays.classes)} "
+                f"classes (0 to {len(arrays.classes) - 1}); renumber the labels or name all classes"
+            )
+    if arrays.train_x.shape[1:] != arrays.test_x.shape[1:]:
+        shapes = f"{list(arrays.train_x.shape[1:])} and {list(arrays.test_x.shape[1:])}"
+        raise UserError(f"[data] '{name}': training and test samples differ in shape: {shapes}")
+    return arrays
+
+
+def _open(folder: Path) -> Arrays | None:
+    """The entry as read-only memory maps; None when it is not there or damaged (cut off, unreadable)."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["shapes"]}
+        if any(list(arrays[name].shape) != shape for name, shape in meta["shapes"].items()):
+            return None
+        return Arrays(**arrays, classes=tuple(meta["classes"]), digest=meta["digest"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
+
+
+def _write(folder: Path, arrays: Arrays) -> None:
+    """Write a finished folder beside `folder` and rename it; whoever renames first wins."""
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, array in arrays.named().items():
+            np.save(made / f"{name}.npy", array)
+        shapes = {name: list(array.shape) for name, array in arrays.named().items()}
+        meta = {"classes": list(arrays.classes), "digest": arrays.digest, "shapes": shapes}
+        (made / "meta.json").write_text(json.dumps(meta), "utf-8")
+        _publish(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _publish(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:  # an entry is there: another process was faster, or it is damaged
+        if _open(folder) is None:
+            damaged = made.with_name(f"{made.name}-damaged")
+            folder.rename(damaged)
+            made.rename(folder)
+            shutil.rmtree(damaged, ignore_errors=True)
+
+
+def write_file(path: Path, save: Callable[[Path], None]) -> None:
+    """Make a file appear whole or not at all: `save` writes a temporary file, which is then renamed."""
+    handle, text = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        save(Path(text))
+        Path(text).replace(path)
+    finally:
+        Path(text).unlink(missing_ok=True)

@@ -1,0 +1,216 @@
+"""What all our engines share: a Flower Grid whose clients live where the engine puts them.
+
+Node ids are a function of the partition id (`node = FIRST_NODE + partition`), so the same seed gives the
+same cohorts on every engine, and all nodes exist before the server app starts. An engine implements
+`_execute`: run some messages, yield their replies. Everything else, down to seeding and error replies,
+is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+import time
+import traceback
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedsim import _flwr, messages
+
+FIRST_NODE = 1000
+#: seconds after which an unanswered round ends, as in Flower
+DEFAULT_TIMEOUT = 3600.0
+
+
+@dataclass(frozen=True)
+class FixedRoster:
+    """Clients 0 … size-1 at consecutive node ids."""
+
+    size: int
+
+    def clients(self) -> Sequence[int]:
+        """All partition ids."""
+        return range(self.size)
+
+    def node(self, client: int) -> int:
+        """Node id of a client."""
+        return FIRST_NODE + client
+
+    def client(self, node: int) -> int:
+        """Partition id of a node."""
+        client = node - FIRST_NODE
+        if not 0 <= client < self.size:
+            raise ValueError(f"there is no node {node}; nodes are {FIRST_NODE} to {FIRST_NODE + self.size - 1}")
+        return client
+
+
+class BaseGrid(Grid):
+    """A Grid over `num_clients` simulated clients of one ClientApp.
+
+    Args:
+        client_app: the app that answers messages.
+        num_clients: number of nodes.
+        seed: seed of the run; every message gets its own stream from (seed, round, client).
+        run_config: what clients find in `context.run_config`.
+    """
+
+    def __init__(
+        self, client_app: ClientApp, num_clients: int, seed: int = 0, run_config: dict[str, Any] | None = None
+    ) -> None:
+        self.client_app = client_app
+        self.roster = FixedRoster(num_clients)
+        self.seed = seed
+        self.run_config = dict(run_config or {})
+        #: state of clients that keep any, by partition id
+        self.states: dict[int, RecordDict] = {}
+        #: called with every reply as it arrives
+        self.on_reply: Callable[[Message], None] | None = None
+        self._run = _flwr.Run.create_empty(run_id=1)
+        self._ids = count(1)
+        self._sends = 0
+        self._pending: dict[str, Message] = {}
+
+    # ------------------------------------------------------------------------ Flower's Grid
+
+    def set_run(self, run: _flwr.Run) -> None:
+        """Set the run this grid belongs to."""
+        self._run = run
+
+    @property
+    def run(self) -> _flwr.Run:
+        """The run this grid belongs to."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Deprecated in Flower, still abstract there."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All node ids, ascending (they never change)."""
+        return range(FIRST_NODE, FIRST_NODE + self.roster.size)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Accept messages; they are executed when their replies are asked for."""
+        ids = []
+        for message in self._accept(messages):
+            self._pending[message.metadata.message_id] = message
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Execute accepted messages and return their replies, each once."""
+        wanted = [self._pending.pop(i) for i in message_ids if i in self._pending]
+        return self._replies(wanted, None)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Run messages and return their replies; after `timeout` seconds the missing ones are left out."""
+        return self._replies(self._accept(messages), timeout)
+
+    # ------------------------------------------------------------------------ for engines
+
+    @abstractmethod
+    def _execute(self, accepted: list[Message], deadline: float | None) -> Iterator[Message]:
+        """Run messages, yield replies in any order; stop at the deadline (`time.monotonic`)."""
+
+    def _accept(self, outgoing: Iterable[Message]) -> list[Message]:
+        accepted = []
+        for message in outgoing:
+            self.roster.client(message.metadata.dst_node_id)  # raises for an unknown node
+            _flwr.set_message_id(message, str(next(self._ids)))
+            accepted.append(message)
+        self._sends += 1
+        return accepted
+
+    def _replies(self, accepted: list[Message], timeout: float | None) -> list[Message]:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies = []
+        for answer in self._execute(accepted, deadline):
+            replies.append(answer)
+            if self.on_reply is not None:
+                self.on_reply(answer)
+        return replies
+
+    def seed_of(self, message: Message) -> int:
+        """Seed of one message from (run seed, round, kind, client), the same on every engine."""
+        server_round: Any = self._sends
+        for record in message.content.config_records.values():
+            server_round = record.get(messages.ROUND, server_round)
+        return derive_seed(
+            self.seed, server_round, message.metadata.message_type, self.roster.client(message.metadata.dst_node_id)
+        )
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from anything printable."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed `random`, numpy and, where it is imported, torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
+
+
+def answer(
+    client_app: ClientApp,
+    message: Message,
+    client: int,
+    num_clients: int,
+    state: RecordDict | None,
+    run_config: dict[str, Any],
+) -> tuple[Message, RecordDict]:
+    """Let one client answer one message, in this process.
+
+    Returns:
+        The reply, an error reply with the traceback if the client raised, and the client's state after
+        it (the state before it if the client raised).
+    """
+    before = state if state is not None else RecordDict()
+    node = message.metadata.dst_node_id
+    context = _flwr.context(
+        run_id=message.metadata.run_id,
+        node_id=node,
+        node_config={"partition-id": client, "num-partitions": num_clients},
+        state=_flwr.private_copy(before),
+        run_config=dict(run_config),
+    )
+    delivered = Message(_flwr.private_copy(message.content), metadata=message.metadata)
+    try:
+        reply = client_app(delivered, context)
+        if not isinstance(reply, Message):
+            raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        reason = f"client {client}: {type(error).__name__}: {error}\n{trace}"
+        code = _flwr.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return Message(Error(code, reason), reply_to=message), before
+    return reply, context.state
+
+
+def is_empty(state: RecordDict) -> bool:
+    """True when a client keeps nothing."""
+    return not any(len(record) for record in state.values())
+
+
+def config_copy(record: ConfigRecord) -> dict[str, Any]:
+    """The values of a config record as a plain dict."""
+    return dict(record.items())

@@ -1,0 +1,74 @@
+"""SerialGrid: every client runs in this process, one after the other. The engine to debug with."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from fedsim.engine.grid import BaseGrid, answer, is_empty, seed_everything
+from fedsim.ranges import Count
+
+
+class SerialGrid(BaseGrid):
+    """Runs clients in this process, in order of their messages.
+
+    Args:
+        threads: torch threads while clients run; results are bit-equal only for equal threads.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        seed: int = 0,
+        run_config: dict[str, Any] | None = None,
+        /,
+        *,
+        threads: Count = 1,
+    ) -> None:
+        super().__init__(client_app, num_clients, seed, run_config)
+        self.threads = threads
+
+    def _execute(self, accepted: list[Message], deadline: float | None) -> Iterator[Message]:
+        for message in accepted:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            client = self.roster.client(message.metadata.dst_node_id)
+            with process_restored(self.threads):
+                seed_everything(self.seed_of(message))
+                reply, state = answer(
+                    self.client_app, message, client, self.roster.size, self.states.get(client), self.run_config
+                )
+            if is_empty(state):
+                self.states.pop(client, None)
+            else:
+                self.states[client] = state
+            yield reply
+
+
+@contextmanager
+def process_restored(threads: int) -> Iterator[None]:
+    """Give back the generators and the thread count as they were, whatever a client does to them."""
+    torch = sys.modules.get("torch")
+    python, legacy = random.getstate(), np.random.get_state()
+    if torch is not None:
+        generator, before = torch.get_rng_state(), torch.get_num_threads()
+        if before != threads:
+            torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        if torch is not None:
+            torch.set_rng_state(generator)
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)

@@ -1,0 +1,72 @@
+"""Run any Flower Message-API app on one of our engines."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedsim import _flwr, registry
+from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
+from fedsim.errors import UserError
+
+_running = threading.Lock()
+
+
+def simulate(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    num_clients: int,
+    *,
+    engine: str = "serial",
+    seed: int = 0,
+    run_config: dict[str, Any] | None = None,
+    prepare: Callable[[BaseGrid], None] | None = None,
+    **engine_options: Any,
+) -> Context:
+    """Run a Flower ServerApp and ClientApp with simulated clients in this process.
+
+    Args:
+        server_app: any Message-API ServerApp; its main function gets one of our grids.
+        client_app: any Message-API ClientApp; clients find `partition-id` and `num-partitions` in
+            `context.node_config`.
+        num_clients: number of nodes; all exist before the server app starts.
+        engine: name of an engine (`fedsim list engines`).
+        seed: seeds the server process and every client message; the same seed gives the same run.
+        run_config: what both apps find in `context.run_config`.
+        prepare: called with the grid before the server app starts.
+        **engine_options: keyword arguments of the engine.
+
+    Returns:
+        The server's Context.
+
+    Raises:
+        UserError: another simulation is running in this process (Flower keeps the identity of a run
+            per process), or an argument is wrong.
+    """
+    if num_clients < 1:
+        raise UserError(f"num_clients must be at least 1 (got {num_clients})")
+    if not _running.acquire(blocking=False):
+        raise UserError("a simulation is already running in this process; start the second one in its own")
+    try:
+        run_id = 1 + derive_seed("run", seed, os.getpid()) % (2**31)
+        python = random.getstate()
+        resolved = registry.resolve("engines", engine)
+        grid: BaseGrid = resolved.target(client_app, num_clients, seed, run_config, **engine_options)
+        grid.set_run(_flwr.Run.create_empty(run_id))
+        if prepare is not None:
+            prepare(grid)
+        context = _flwr.context(run_id, _flwr.SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config or {}))
+        with _flwr.acting_as_server(run_id):
+            seed_everything(derive_seed("server", seed))
+            server_app(grid, context)
+        return context
+    finally:
+        random.setstate(python)
+        _running.release()

@@ -1,0 +1,23 @@
+"""The one exception for mistakes of the user: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it as one line and exits with code 2."""
+
+
+class NotEnoughReplies(UserError):
+    """Fewer valid client replies than the strategy accepts; the message names every client and reason."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"did you mean 'x'?"` for the closest known word, else the list of known words."""
+    names = sorted(known)
+    close = get_close_matches(word, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names)}" if names else "nothing is known here"

@@ -1,0 +1,137 @@
+"""A run's model as files for other programs: safetensors always, an open_clip folder for a CLIP.
+
+    <out>/model.safetensors   the whole tuned model (frozen parts included), names as in the model
+          classes.json        class names in the order of the logits
+          experiment.toml     what made it
+          open_clip/          the CLIP as open_clip reads it (CLIP models only)
+          README.md           how to load all this
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.checkpoints import write_atomic
+from fedsim.errors import UserError
+from fedsim.runs import Run
+from fedsim.version import fedsim_version
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord
+
+    from fedsim.task import Task
+
+_README = """\
+# {name}: {state}
+
+{strategy} on {data}, {clients} clients, written by fedsim {version}.
+
+```python
+import tomllib
+from safetensors.torch import load_file
+from fedsim import config, task
+
+tables = tomllib.load(open("experiment.toml", "rb"))
+model = task.build(config.from_tables(tables, source="experiment.toml")).model
+model.load_state_dict(load_file("model.safetensors"))
+model.eval()  # images as stored in, logits in the order of classes.json out
+```
+"""
+_OPEN_CLIP = """
+The folder `open_clip` holds the CLIP with the tuned image tower:
+
+```python
+import open_clip
+model = open_clip.create_model("local-dir:open_clip")
+```
+"""
+
+
+def export(run: Run, out: Path) -> dict[str, Any]:
+    """Write the model of a run.
+
+    Args:
+        run: a finished run, or one with a checkpoint.
+        out: folder to write into, made if needed.
+
+    Returns:
+        `folder`, `files` (names in it), `state` ("final state" or the round of the checkpoint) and
+        `notices` (what the user should know).
+
+    Raises:
+        UserError: the run has no state yet, or the state does not fit the experiment's model.
+    """
+    from safetensors.torch import save
+
+    from fedsim import task as tasks
+
+    experiment = run.experiment()
+    arrays, state = _state(run)
+    task = tasks.build(experiment)
+    try:
+        task.load(arrays)
+    except ValueError as error:
+        raise UserError(f"{run.folder}: the state does not fit the experiment's model: {error}") from error
+    tensors = {key: value.detach().cpu().clone() for key, value in task.model.state_dict().items()}
+    write_atomic(out / "model.safetensors", save(tensors))
+    classes = list(task.data.info.classes)
+    write_atomic(out / "classes.json", (json.dumps(classes, ensure_ascii=False) + "\n").encode())
+    write_atomic(out / "experiment.toml", experiment.toml().encode())
+    files = ["model.safetensors", "classes.json", "experiment.toml", "README.md"]
+    text = _README.format(
+        name=experiment.name,
+        state=state,
+        strategy=experiment["strategy"].name,
+        data=experiment["data"].name,
+        clients=experiment.clients,
+        version=fedsim_version(),
+    )
+    if _write_open_clip(task, out / "open_clip"):
+        files.insert(3, "open_clip/")
+        text += _OPEN_CLIP
+    write_atomic(out / "README.md", text.encode())
+    return {"folder": str(out), "files": files, "state": state, "notices": _notices(run, task, state)}
+
+
+def _state(run: Run) -> tuple[ArrayRecord, str]:
+    """The final shared state, or that of the newest checkpoint."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from fedsim import messages
+
+    path = run.folder / "state.safetensors"
+    if run.finished:
+        try:
+            return messages.arrays_of(load_file(path)), "final state"
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: damaged or unreadable ({error})") from error
+    tree, _ = run.latest_checkpoint()
+    if tree is None:
+        raise UserError(f"{run.folder} has no state yet; go on with: fedsim resume {run.folder}")
+    progress = tree["progress"]
+    return progress["arrays"], f"state after round {progress['server_round']}"
+
+
+def _write_open_clip(task: Task, folder: Path) -> bool:
+    from fedsim.models.clip import ImageTower, export_open_clip
+
+    if not isinstance(task.model.backbone, ImageTower):
+        return False
+    export_open_clip(task.model, folder)
+    return True
+
+
+def _notices(run: Run, task: Task, state: str) -> list[str]:
+    found = []
+    if not run.finished:
+        found.append(f"the run is not finished: this is the {state}")
+    personal = [entry.name for entry in task.selection.personal]
+    if personal:
+        found.append(
+            f"{len(personal)} entries are personal and stay with the clients (first: {personal[0]}); "
+            "the exported model has their initial values"
+        )
+    return found

@@ -1,0 +1,143 @@
+"""The end of a run: the state to keep, the closing object, and running an experiment as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim import config, registry
+from fedsim.config import Experiment
+from fedsim.errors import UserError
+from fedsim.hooks import Hook
+from fedsim.runs import Run
+
+if TYPE_CHECKING:
+    import pandas
+
+    from fedsim.rounds import Loop, Progress
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `fedsim.run` returns.
+
+    Attributes:
+        summary: the closing object, as in `summary.json`.
+        run: the run folder.
+    """
+
+    summary: dict[str, Any]
+    run: Run
+
+    @property
+    def history(self) -> pandas.DataFrame:
+        """One row per round: accuracy, loss, train_loss, bytes, seconds, ..."""
+        import pandas as pd
+
+        return pd.DataFrame(self.run.history()).set_index("round")
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy at the end."""
+        return float(self.summary["accuracy"])
+
+    def state(self) -> dict[str, Any]:
+        """The final shared state, name -> numpy array."""
+        from safetensors.numpy import load_file
+
+        return dict(load_file(self.run.folder / "state.safetensors"))
+
+
+def close(loop: Loop, progress: Progress) -> dict[str, Any]:
+    """Write the final state and the summary of a run that came to its end.
+
+    With early stopping the state with the best validation loss is the result.
+    """
+    from safetensors.numpy import save
+
+    from fedsim import messages, payload
+    from fedsim.checkpoints import load, write_atomic
+
+    experiment, run = loop.experiment, loop.run
+    best = run.folder / "checkpoints" / "best.safetensors"
+    if experiment.settings["evaluation"]["patience"] and best.is_file():
+        progress.arrays = load(best)["arrays"]
+        loop.task.load(progress.arrays)
+        measured = loop.task.evaluate_split("test")
+        progress.last = {"accuracy": measured["accuracy"], "loss": measured["loss"]}
+    values = messages.views_of(progress.arrays)
+    write_atomic(run.folder / "state.safetensors", save({k: v.copy() for k, v in values.items()}))
+    summary = {
+        "name": experiment.name,
+        "strategy": experiment["strategy"].name,
+        "rounds": progress.server_round,
+        "clients": experiment.clients,
+        "accuracy": progress.last["accuracy"],
+        "loss": progress.last["loss"],
+        "accuracy_start": progress.start["accuracy"],
+        "bytes_up": progress.bytes_up,
+        "bytes_down": progress.bytes_down,
+        "seconds": round(progress.seconds, 3),
+        "digest": payload.digest(values),
+        "run": str(run.folder),
+    }
+    run.write_summary(summary)
+    return summary
+
+
+def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ()) -> Result:
+    """Run (or resume) an experiment in its folder on the experiment's own engine, then its baselines.
+
+    Raises:
+        UserError: the experiment cannot work as it is.
+    """
+    from fedsim.app import client_app, make_server_app
+    from fedsim.engine.simulate import simulate
+
+    if not run.finished:
+        engine = experiment["engine"]
+        simulate(
+            make_server_app(experiment, run, hooks),
+            client_app,
+            experiment.clients,
+            engine=engine.name,
+            seed=experiment.seed,
+            **engine.options,
+        )
+    summary = run.summary()
+    for name in experiment.baselines:
+        key = f"accuracy_{name.replace('-', '_')}"
+        if key not in summary:
+            inner = baseline(experiment, name)
+            folder = run.folder / "baselines" / name
+            side = Run.open(folder) if folder.exists() else Run.create(inner, folder.parent)
+            summary[key] = run_experiment(inner, side, hooks).summary["accuracy"]
+            run.write_summary(summary)
+    return Result(summary, run)
+
+
+def baseline(experiment: Experiment, name: str) -> Experiment:
+    """The same experiment under another strategy: what the strategy brings along wins over the file."""
+    document = experiment.document()
+    target = registry.resolve("strategies", name).target
+    keys = set(registry.schema(target).model_fields)
+    kept = {key: value for key, value in document["strategy"].items() if key in keys}
+    document |= {"name": name, "baselines": [], "strategy": {**kept, "name": name}}
+    for section, values in getattr(target, "defaults", {}).items():
+        document[section] = {**document.get(section, {}), **values}
+    return config.from_tables(document, source=f"baseline {name}", folder=experiment.folder)
+
+
+def resume(folder: Path, hooks: Sequence[Hook] = ()) -> Result:
+    """Go on with an interrupted run from its newest checkpoint; a finished run is returned as it is."""
+    run = Run.open(folder)
+    experiment = run.experiment()
+    if run.finished and not any(
+        f"accuracy_{name.replace('-', '_')}" not in run.summary() for name in experiment.baselines
+    ):
+        return Result(run.summary(), run)
+    if not run.finished and not run.checkpoints() and (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} has no checkpoint to resume from; start a new run")
+    return run_experiment(experiment, run, hooks)

@@ -1,0 +1,211 @@
+"""The vocabulary of the wire: actions, record keys, config keys, and who is which client.
+
+A train instruction and its reply, in Flower's own convention, so that any Flower strategy drives our
+clients and our strategies drive any Flower client:
+
+    instruction  RecordDict{ "arrays": shared state, "config": {server-round, seed, lr-scale, ...} }
+    reply        RecordDict{ "arrays": shared state, "metrics": {num-examples, loss, ...} }
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedsim._flwr import LazyArray, numpy_view
+from fedsim.errors import UserError
+
+# message types
+TRAIN = "train"
+EVALUATE = "evaluate"
+HELLO = "query.hello"
+
+# records
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+
+# keys of the config record
+ROUND = "server-round"
+SEED = "seed"
+LR_SCALE = "lr-scale"
+EXPERIMENT = "experiment"
+FROZEN = "frozen-digest"
+PARTITION = "partition-id"
+CODE = "code-digest"
+
+# keys of the metric record
+EXAMPLES = "num-examples"
+SECONDS = "seconds"
+
+
+def arrays_of(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """numpy arrays -> ArrayRecord without serialising them (the arrays must not be written to later)."""
+    record = ArrayRecord()
+    for name, array in values.items():
+        record[name] = LazyArray(array)
+    return record
+
+
+def views_of(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """ArrayRecord -> read-only numpy views by name."""
+    return {name: numpy_view(array) for name, array in record.items()}
+
+
+def nbytes(content: RecordDict, half: frozenset[str] = frozenset()) -> int:
+    """Bytes of array values in a message's content: what travels, but for headers of some hundred bytes.
+
+    Args:
+        content: of an instruction or a reply.
+        half: names that travel as bfloat16, two bytes a value.
+    """
+    total = 0
+    for record in content.array_records.values():
+        for name, array in record.items():
+            size = 2 if name in half else np.dtype(array.dtype).itemsize
+            total += math.prod(array.shape) * size
+    return total
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """The config record of an instruction."""
+    record = message.content.get(CONFIG)
+    if not isinstance(record, ConfigRecord):
+        raise ValueError(f"the instruction has no config record named '{CONFIG}'")
+    return record
+
+
+def reply(
+    message: Message,
+    arrays: ArrayRecord | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Message:
+    """Answer an instruction."""
+    content = RecordDict()
+    if arrays is not None:
+        content[ARRAYS] = arrays
+    content[METRICS] = MetricRecord(dict(metrics or {}))
+    if config is not None:
+        content[CONFIG] = ConfigRecord(dict(config))
+    return Message(content, reply_to=message)
+
+
+class Roster(Protocol):
+    """Which node is which client. Our grids have one (`grid.roster`)."""
+
+    def clients(self) -> Sequence[int]:
+        """Partition ids that can be asked now, ascending."""
+
+    def node(self, client: int) -> int:
+        """Node id of a client."""
+
+    def client(self, node: int) -> int:
+        """Partition id of a node."""
+
+
+@dataclass(frozen=True)
+class _SortedNodes:
+    """The roster of a foreign grid: the i-th smallest node id is client i."""
+
+    nodes: tuple[int, ...]
+
+    def clients(self) -> Sequence[int]:
+        return range(len(self.nodes))
+
+    def node(self, client: int) -> int:
+        return self.nodes[client]
+
+    def client(self, node: int) -> int:
+        return self.nodes.index(node)
+
+
+def roster(grid: Grid) -> Roster:
+    """The grid's own map of nodes and clients, or, for a stranger's grid, the order of its node ids."""
+    own: Roster | None = getattr(grid, "roster", None)
+    return own if own is not None else _SortedNodes(tuple(sorted(grid.get_node_ids())))
+
+
+def sample_clients(available: Sequence[int], fraction: float, minimum: int, seed: int, stream: int) -> list[int]:
+    """Draw clients without replacement from a stream of its own; the same everywhere for the same seed.
+
+    Args:
+        available: partition ids, ascending.
+        fraction: share of them to draw (rounded, at least `minimum`).
+        minimum: fewest clients that may be drawn.
+        seed: seed of the run.
+        stream: number of the stream, usually the round.
+
+    Returns:
+        Partition ids in ascending order.
+
+    Raises:
+        UserError: fewer than `minimum` clients are there.
+    """
+    if len(available) < minimum:
+        raise UserError(
+            f"the strategy needs at least {minimum} clients but only {len(available)} are there; "
+            "lower its min_clients or raise partition.clients"
+        )
+    size = max(minimum, round(len(available) * fraction))
+    if size >= len(available):
+        return list(available)
+    rng = np.random.default_rng([seed, stream])
+    chosen = rng.choice(len(available), size=size, replace=False, shuffle=False)
+    return [available[i] for i in sorted(chosen.tolist())]
+
+
+def complaint(message: Message, like: Mapping[str, tuple[tuple[int, ...], str]] | None) -> str | None:
+    """Why a reply cannot be used, in words; None when it can.
+
+    Args:
+        message: the reply.
+        like: expected arrays, name -> (shape, dtype); None skips the check of arrays.
+    """
+    if message.has_error():
+        return f"error: {message.error.reason}"
+    metrics = message.content.get(METRICS)
+    if not isinstance(metrics, MetricRecord):
+        return f"no metric record named '{METRICS}'"
+    examples = metrics.get(EXAMPLES)
+    if not isinstance(examples, int | float) or not np.isfinite(examples) or examples < 0:
+        return f"'{EXAMPLES}' is {examples!r}, not a count"
+    return None if like is None else _array_complaint(message.content.get(ARRAYS), like)
+
+
+def _array_complaint(arrays: object, like: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
+    if not isinstance(arrays, ArrayRecord):
+        return f"no array record named '{ARRAYS}'"
+    missing, extra = sorted(set(like) - set(arrays)), sorted(set(arrays) - set(like))
+    if missing or extra:
+        return f"wrong names (missing {missing[:3]}, unexpected {extra[:3]})"
+    for name, (shape, dtype) in like.items():
+        array = arrays[name]
+        if tuple(array.shape) != shape or array.dtype != dtype:
+            return f"'{name}' is {array.dtype}{tuple(array.shape)}, expected {dtype}{shape}"
+        values = numpy_view(array)
+        if tuple(values.shape) != shape:
+            return f"'{name}' says shape {shape} but holds {tuple(values.shape)}"
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return f"'{name}' holds NaN or infinity"
+    return None
+
+
+def shapes_of(record: ArrayRecord) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, dtype) of a record, the form `complaint` compares with."""
+    return {name: (tuple(array.shape), array.dtype) for name, array in record.items()}
+
+
+def by_client(messages: Iterable[Message], who: Roster, *, replies: bool = True) -> list[tuple[int, Message]]:
+    """Messages with their client, in order of partition id."""
+    pairs = [
+        (who.client(m.metadata.src_node_id if replies else m.metadata.dst_node_id), m) for m in messages
+    ]
+    return sorted(pairs, key=lambda pair: pair[0])

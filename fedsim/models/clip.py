@@ -1,0 +1,236 @@
+"""CLIP as an image classifier: the image tower is the backbone, text features are the head.
+
+    class names ─ template ─ text tower ─> text features [classes, d]   (once, then the tower is dropped)
+                                                    │
+    images ─ visual tower ─> features [n, d] ──── cosine ─> logits [n, classes]
+
+`tiny_clip` is a real open_clip model small enough to be bundled (see experiments/make_tiny_clip.py);
+`clip_classifier` makes the same classifier of any open_clip model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsim.errors import UserError
+from fedsim.models.base import Classifier, DataInfo, to_unit
+
+if TYPE_CHECKING:
+    import os
+
+    from open_clip.model import CLIP
+
+TINY_WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
+TINY_CONFIG = TINY_WEIGHTS.with_suffix(".json")
+
+
+class ImageTower(nn.Module):
+    """A CLIP visual tower that takes images as they are stored.
+
+    Args:
+        visual: open_clip visual tower (a module); its `image_size` is the size that images are resized to.
+        config: content of `open_clip_config.json` (model_cfg, preprocess_cfg).
+        whole: builds the whole CLIP that `visual` came from; only exporting needs it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: Any, config: Mapping[str, Any], whole: Callable[[], CLIP]) -> None:
+        super().__init__()
+        self.visual = visual
+        size = visual.image_size
+        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.config = dict(config)
+        self.whole = whole
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config["preprocess_cfg"][name]).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [n, d] for images [n, 1 or 3, h, w], uint8 or float32 in 0..1; not normalised."""
+        features: Tensor = self.visual(self.prepare(images))
+        return features
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Scale to 0..1, resize, repeat a single channel, normalise: float32 [n, 3, size, size]."""
+        x = to_unit(images)
+        if x.shape[-2:] != self.size:
+            x = functional.interpolate(x, size=self.size, mode="bilinear", antialias=True)
+        return (x.expand(-1, 3, -1, -1) - self.mean) / self.std
+
+
+class CosineHead(nn.Module):
+    """Logits by cosine similarity: exp(logit_scale) * normalise(features) @ normalise(weight)^T.
+
+    Args:
+        weight: text features [classes, d], one row per class.
+        logit_scale: logarithm of the temperature's inverse, a scalar; a buffer, it never trains.
+    """
+
+    logit_scale: Tensor
+
+    def __init__(self, weight: Tensor, logit_scale: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.register_buffer("logit_scale", logit_scale.detach().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits [n, classes] for features [n, d]."""
+        features = functional.normalize(features, dim=-1)
+        return self.logit_scale.exp() * features @ functional.normalize(self.weight, dim=-1).T
+
+
+class WordTokenizer:
+    """One token per word from a fixed list: 0 pads, words count from 1, the two highest are start and end.
+
+    Args:
+        words: the vocabulary.
+        context_length: tokens per caption, start and end included.
+    """
+
+    def __init__(self, words: Sequence[str], context_length: int) -> None:
+        self.tokens = {word: number for number, word in enumerate(words, start=1)}
+        self.context_length = context_length
+        self.start, self.end = len(words) + 1, len(words) + 2
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, with padding, start and end."""
+        return self.end + 1
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Tokens, int64 [captions, context_length]; raises UserError for a word it does not know."""
+        rows = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(rows, captions, strict=True):
+            words = caption.lower().split()
+            unknown = [word for word in words if word not in self.tokens]
+            if unknown:
+                raise UserError(
+                    f"tiny-clip does not know the word '{unknown[0]}' of \"{caption}\": it was trained on "
+                    f"digits alone and knows {', '.join(self.tokens)}; rename the classes, change the "
+                    'template, or choose another [model] name such as "cnn"'
+                )
+            if len(words) + 2 > self.context_length:
+                most = self.context_length - 2
+                raise UserError(f'"{caption}" has more than {most} words; shorten the template')
+            row[: len(words) + 2] = torch.tensor([self.start, *map(self.tokens.__getitem__, words), self.end])
+        return rows
+
+
+def tiny_clip(data: DataInfo, /, *, template: str = "a photo of a {}") -> Classifier:
+    """Bundled CLIP of 8x8 digits (0.2 M parameters) as a zero-shot classifier, ready to be tuned.
+
+    Three-block ViT with 2x2 patches, pre-trained on 700 clean digits that no federated client has
+    (`experiments/make_tiny_clip.py`). Images of another size are resized, grey becomes RGB.
+
+    Args:
+        template: caption of a class; `{}` stands for its name.
+    """
+    clip, tokenizer = load_tiny_clip()
+    return clip_classifier(
+        clip, tokenizer, data, config=tiny_config(), whole=_whole_tiny_clip, template=template
+    )
+
+
+def clip_classifier(
+    clip: CLIP,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    data: DataInfo,
+    *,
+    config: Mapping[str, Any],
+    whole: Callable[[], CLIP],
+    template: str = "a photo of a {}",
+) -> Classifier:
+    """A classifier of any open_clip model; the text tower is used once, for the head, and let go.
+
+    Args:
+        clip: the model; its visual tower becomes part of the classifier (it is not copied).
+        tokenize: captions -> tokens int64 [captions, context].
+        data: class names and the shape of one image.
+        config: content of `open_clip_config.json`: model_cfg and preprocess_cfg.
+        whole: builds `clip` again, for `export_open_clip`.
+        template: caption of a class; `{}` stands for its name.
+
+    Raises:
+        UserError: no `{}` in the template, inputs are no images, or a word the tokenizer does not know.
+    """
+    if "{}" not in template:
+        raise UserError(f"[model] template '{template}' has no '{{}}' for the class name")
+    if len(data.sample_shape) != 3 or data.sample_shape[0] not in (1, 3):
+        raise UserError(f"CLIP takes images with 1 or 3 channels, the data are {list(data.sample_shape)}")
+    captions = [template.replace("{}", name) for name in data.classes]
+    clip.eval()
+    with torch.no_grad():
+        text = clip.encode_text(tokenize(captions), normalize=True)
+    tower = ImageTower(clip.visual, config, whole)
+    return Classifier(tower, CosineHead(text, clip.logit_scale), head_is_prior=True).eval()
+
+
+@cache
+def tiny_config() -> dict[str, Any]:
+    """Content of the bundled `tiny_clip.json`: model_cfg, preprocess_cfg, words."""
+    config: dict[str, Any] = json.loads(TINY_CONFIG.read_text("utf-8"))
+    return config
+
+
+def new_tiny_clip(config: Mapping[str, Any]) -> tuple[CLIP, WordTokenizer]:
+    """A CLIP of this shape with random weights (torch's global RNG), and its tokenizer."""
+    from open_clip.model import CLIP
+
+    tokenizer = WordTokenizer(config["words"], config["model_cfg"]["text_cfg"]["context_length"])
+    return CLIP(**config["model_cfg"]), tokenizer
+
+
+def load_tiny_clip() -> tuple[CLIP, WordTokenizer]:
+    """The bundled CLIP and its tokenizer; leaves torch's global RNG as it was."""
+    from safetensors.torch import load_file
+
+    with torch.random.fork_rng(devices=[]):
+        clip, tokenizer = new_tiny_clip(tiny_config())
+    clip.load_state_dict(load_file(TINY_WEIGHTS))
+    return clip.eval(), tokenizer
+
+
+def _whole_tiny_clip() -> CLIP:
+    return load_tiny_clip()[0]
+
+
+def export_open_clip(model: Classifier, folder: str | os.PathLike[str]) -> Path:
+    """Write the whole CLIP, with the tuned visual tower, as open_clip reads it.
+
+    `open_clip.create_model("local-dir:FOLDER")` loads `open_clip_config.json` and
+    `open_clip_model.safetensors`. The classifier's head goes into `head.safetensors` ("weight", one row
+    per class): where it was tuned, too, the text tower no longer reproduces it.
+
+    Args:
+        model: a classifier made by `clip_classifier`.
+        folder: created if needed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the model is no CLIP.
+    """
+    from safetensors.torch import save_file
+
+    tower = model.backbone
+    if not isinstance(tower, ImageTower):
+        raise UserError("this model is no CLIP: it has no open_clip form; export it as safetensors")
+    clip = tower.whole()
+    clip.visual.load_state_dict(tower.visual.state_dict())
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "open_clip_config.json").write_text(json.dumps(tower.config, indent=2) + "\n", "utf-8")
+    for name, module in (("open_clip_model", clip), ("head", model.head)):
+        state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+        save_file(state, target / f"{name}.safetensors")
+    return target

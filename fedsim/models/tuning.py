@@ -1,0 +1,100 @@
+"""How a backbone is tuned: which parameters train (and therefore travel); a function is a name of `[tuning]`.
+
+The studies behind these modes: FedTune (bias, partial, head) and BitFit, arXiv 2106.10199 (bias).
+Wherever `head` is optional, a head that already classifies (a CLIP text classifier) stays frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from fedsim.errors import UserError
+from fedsim.models.base import Classifier, train_only
+from fedsim.ranges import Count
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def full(model: Classifier, /) -> Classifier:
+    """Everything trains, in train mode: FedAvg on the whole model."""
+    return train_only(model, lambda name: True, mode="full", train_modules=("",))
+
+
+def head(model: Classifier, /) -> Classifier:
+    """Only the head trains (linear probe); the backbone is a fixed feature extractor."""
+    return train_only(model, lambda name: name.startswith("head."), mode="head")
+
+
+def bias(model: Classifier, /, *, head: bool | None = None) -> Classifier:
+    """All biases of the backbone train, among them the fused ones of attention (`in_proj_bias`).
+
+    Args:
+        head: whether the head trains, too; by default it does unless it already classifies.
+    """
+    return _backbone_part(model, lambda name: name.rsplit(".", 1)[-1].endswith("bias"), head, "bias")
+
+
+def norm(model: Classifier, /, *, head: bool | None = None) -> Classifier:
+    """Scales and biases of the backbone's normalisation layers train; BatchNorm statistics stay.
+
+    Args:
+        head: whether the head trains, too; by default it does unless it already classifies.
+    """
+    layers = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
+    return _backbone_part(model, lambda name: name.rpartition(".")[0] in layers, head, "norm")
+
+
+def partial(model: Classifier, /, *, blocks: Count = 1) -> Classifier:
+    """The last blocks of the backbone train (in train mode), and the head unless it already classifies.
+
+    Blocks are the transformer blocks of a ViT, or else the direct children of the backbone.
+
+    Args:
+        blocks: how many, counted from the end.
+
+    Raises:
+        UserError: the backbone has fewer blocks.
+    """
+    names = block_names(model.backbone)
+    if blocks > len(names):
+        raise UserError(
+            f"[tuning] blocks = {blocks}, but this backbone has {len(names)} blocks "
+            f'({", ".join(names) or "none"}); give at most {len(names)}, or [tuning] name = "full"'
+        )
+    chosen = [f"backbone.{name}" for name in names[-blocks:]]
+    prefixes = tuple(f"{name}." for name in chosen)
+    return _backbone_part(model, lambda name: name.startswith(prefixes), None, "partial", chosen)
+
+
+def block_names(backbone: nn.Module) -> list[str]:
+    """Names of the backbone's blocks, first to last.
+
+    The longest list of modules of one class (`resblocks` of open_clip, `blocks` of timm), or else the
+    direct children that have parameters.
+    """
+    lists = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(m) for m in module}) == 1
+    ]
+    if lists:
+        name, module = max(lists, key=lambda found: len(found[1]))
+        prefix = f"{name}." if name else ""
+        return [f"{prefix}{child}" for child, _ in module.named_children()]
+    return [name for name, child in backbone.named_children() if any(True for _ in child.parameters())]
+
+
+def _backbone_part(
+    model: Classifier,
+    chosen: Callable[[str], bool],
+    with_head: bool | None,
+    mode: str,
+    train_modules: Iterable[str] = (),
+) -> Classifier:
+    """Train a part of the backbone; a backbone without such a part is an error even if the head trains."""
+    names = {name for name, _ in model.named_parameters() if name.startswith("backbone.") and chosen(name)}
+    if names and (not model.head_is_prior if with_head is None else with_head):
+        names |= {name for name, _ in model.named_parameters() if name.startswith("head.")}
+    return train_only(model, names.__contains__, mode=mode, train_modules=train_modules)

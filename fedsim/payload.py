@@ -1,0 +1,282 @@
+"""What travels and what stays: selection of the changing state, its form on the wire, digests.
+
+The state of a tuned model falls into three parts:
+
+* **frozen**: never changes, never travels; only its digest does, so that a client with another
+  backbone is refused instead of silently averaged;
+* **shared**: changes, travels, is aggregated;
+* **personal**: changes, stays in the client's `context.state`.
+
+bfloat16 entries travel as float32 (exact, and every strategy can do arithmetic on them); `pack` puts
+them back into two bytes on a real wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsim.errors import UserError, nearest
+from fedsim.messages import arrays_of, views_of
+
+LAYOUT = "layout"  #: key of the packed form's description in a content's config record
+_FLAT = "flat."  #: packed arrays are named flat.<dtype>
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named tensor of the changing state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  #: of the model: "float32", "bfloat16", "int64", ...
+
+    @property
+    def wire_dtype(self) -> str:
+        """numpy dtype inside a record."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on a packed wire."""
+        size = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * size
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names of the changing state, split into what travels and what stays."""
+
+    shared: tuple[Entry, ...]
+    personal: tuple[Entry, ...]
+
+    @property
+    def changing(self) -> tuple[Entry, ...]:
+        """Everything that training may change."""
+        return self.shared + self.personal
+
+
+def select(
+    model: nn.Module, train_modules: Sequence[str], personal: Iterable[str] = ()
+) -> Selection:
+    """Split the changing state of a tuned model.
+
+    Args:
+        model: parameters that train have `requires_grad`.
+        train_modules: prefixes of modules in train mode: their buffers change too (BatchNorm).
+        personal: name patterns with `*` and `?` of entries that stay with the client.
+
+    Raises:
+        UserError: a pattern matches nothing that changes.
+    """
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name for name, _ in model.named_parameters()}
+    inside = tuple(f"{prefix}." if prefix else "" for prefix in train_modules)
+    changing = [
+        Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in model.state_dict().items()
+        if name in trainable or (name not in parameters and inside and name.startswith(inside))
+    ]
+    names = [entry.name for entry in changing]
+    patterns = list(personal)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"[payload] personal: '{pattern}' matches nothing that changes under this tuning: "
+                f"{nearest(pattern, names[:12])}"
+            )
+    mine = {n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)}
+    return Selection(
+        shared=tuple(e for e in changing if e.name not in mine),
+        personal=tuple(e for e in changing if e.name in mine),
+    )
+
+
+# ------------------------------------------------------------------------- tensors <-> records
+
+
+def to_record(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> ArrayRecord:
+    """Copy tensors into a record (bfloat16 as float32)."""
+    return arrays_of({entry.name: _to_numpy(state[entry.name]) for entry in entries})
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return np.array(tensor.cpu().numpy())
+
+
+@torch.no_grad()
+def load_record(record: ArrayRecord, entries: Sequence[Entry], state: Mapping[str, Tensor]) -> None:
+    """Copy a record into tensors in place.
+
+    Args:
+        record: must hold exactly the entries' names, shapes and wire dtypes.
+        entries: what is expected.
+        state: name -> tensor to be overwritten (any device, the model's dtype).
+
+    Raises:
+        ValueError: names, a shape or a dtype differ; says which.
+    """
+    check(record, entries)
+    for name, values in views_of(record).items():
+        target = state[name]
+        if target.device.type == "cpu" and target.dtype != torch.bfloat16:
+            np.copyto(target.numpy(), values)  # no intermediate copy of a read-only view
+        else:
+            target.copy_(torch.from_numpy(np.array(values)))
+
+
+def check(record: ArrayRecord, entries: Sequence[Entry]) -> None:
+    """Raise ValueError unless the record holds exactly these entries."""
+    expected = {entry.name: entry for entry in entries}
+    missing, extra = sorted(set(expected) - set(record)), sorted(set(record) - set(expected))
+    if missing or extra:
+        raise ValueError(
+            f"the shared state does not fit this model: missing {missing[:3]}, unexpected {extra[:3]} "
+            f"({len(missing)} and {len(extra)} in all); server and client must use the same experiment"
+        )
+    for name, entry in expected.items():
+        array = record[name]
+        if tuple(array.shape) != entry.shape or array.dtype != entry.wire_dtype:
+            raise ValueError(
+                f"'{name}' arrived as {array.dtype}{list(array.shape)}, this model has "
+                f"{entry.wire_dtype}{list(entry.shape)}"
+            )
+
+
+def conform(record: ArrayRecord, entries: Sequence[Entry]) -> ArrayRecord:
+    """Bring what a strategy returned back to the model's dtypes.
+
+    Flower's own strategies may return float64 for integer buffers, and a mean of bfloat16 values is not
+    a bfloat16 value: both are cast once, here.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    values = views_of(record)
+    if set(values) != {entry.name for entry in entries}:
+        raise ValueError("the strategy returned other array names than it was given")
+    out: dict[str, NDArray[Any]] = {}
+    for entry in entries:
+        array = values[entry.name]
+        if tuple(array.shape) != entry.shape:
+            raise ValueError(
+                f"the strategy returned '{entry.name}' with shape {array.shape}, not {entry.shape}"
+            )
+        if entry.dtype == "bfloat16":
+            array = torch.from_numpy(np.array(array, dtype=np.float32)).bfloat16().float().numpy()
+        elif array.dtype != np.dtype(entry.wire_dtype):
+            whole = np.dtype(entry.wire_dtype).kind in "iu"
+            array = (np.rint(array) if whole else array).astype(entry.wire_dtype)
+        out[entry.name] = array
+    return arrays_of(out)
+
+
+# ----------------------------------------------------------------------------------- digests
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """sha256 hex over names, dtypes, shapes and bytes, in order of name."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        total.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+    return total.hexdigest()
+
+
+def frozen_digest(model: nn.Module, changing: Iterable[Entry]) -> str:
+    """Digest of everything in the model's state that does not change (16 hex digits)."""
+    skip = {entry.name for entry in changing}
+    frozen = {name: value for name, value in model.state_dict().items() if name not in skip}
+    if any(value.is_meta for value in frozen.values()):
+        return "meta"
+    return digest({name: _to_numpy(value) for name, value in frozen.items()})[:16]
+
+
+# ---------------------------------------------------------------------------- flat packing
+
+
+def pack(content: RecordDict, half: frozenset[str] = frozenset()) -> RecordDict:
+    """One flat array per dtype instead of one per tensor: Flower's wire pays several requests an array.
+
+    Args:
+        content: any message content; config and metric records stay as they are.
+        half: names whose float32 values are bfloat16 values and may travel in two bytes.
+
+    Returns:
+        A content that `unpack` restores exactly; a content without arrays is returned unchanged.
+    """
+    if not content.array_records:
+        return content
+    packed = RecordDict()
+    layouts: dict[str, list[list[Any]]] = {}
+    for key, record in content.items():
+        if not isinstance(record, ArrayRecord):
+            packed[key] = record
+            continue
+        rows: list[list[Any]] = []
+        parts: dict[str, list[NDArray[Any]]] = {}
+        for name, values in views_of(record).items():
+            kind = "bfloat16" if name in half and _is_half(values) else values.dtype.str
+            flat = np.ascontiguousarray(values).reshape(-1)
+            parts.setdefault(kind, []).append(
+                (flat.view(np.uint32) >> 16).astype(np.uint16) if kind == "bfloat16" else flat
+            )
+            rows.append([name, kind, list(values.shape)])
+        packed[key] = arrays_of({_FLAT + kind: np.concatenate(some) for kind, some in parts.items()})
+        layouts[key] = rows
+    text = json.dumps(layouts, separators=(",", ":")).encode()
+    packed[LAYOUT] = ConfigRecord({LAYOUT: zlib.compress(text, 9)})
+    return packed
+
+
+def _is_half(values: NDArray[Any]) -> bool:
+    if values.dtype != np.float32:
+        return False
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
+    return not (bits & 0xFFFF).any()
+
+
+def unpack(content: RecordDict) -> RecordDict:
+    """The inverse of `pack`; a content that is not packed is returned unchanged."""
+    layout = content.get(LAYOUT)
+    if not isinstance(layout, ConfigRecord):
+        return content
+    raw = layout[LAYOUT]
+    if not isinstance(raw, bytes):
+        raise ValueError("the layout of a packed message must be bytes")
+    layouts = json.loads(zlib.decompress(raw))
+    plain = RecordDict()
+    for key, record in content.items():
+        if key == LAYOUT:
+            continue
+        if not isinstance(record, ArrayRecord):
+            plain[key] = record
+            continue
+        flat = views_of(record)
+        at = dict.fromkeys(flat, 0)
+        values: dict[str, NDArray[Any]] = {}
+        for name, kind, shape in layouts[key]:
+            source = _FLAT + kind
+            size = int(np.prod(shape, dtype=np.int64))
+            part = flat[source][at[source] : at[source] + size]
+            at[source] += size
+            if kind == "bfloat16":
+                part = (part.astype(np.uint32) << 16).view(np.float32)
+            values[name] = part.reshape(shape)
+        plain[key] = arrays_of(values)
+    return plain

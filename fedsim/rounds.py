@@ -1,0 +1,314 @@
+"""The round loop around any Flower Strategy: evaluate, log, checkpoint, stop, resume.
+
+    round 0    evaluate the initial state, checkpoint
+    round r    strategy.configure_train -> grid -> strategy.aggregate_train -> evaluate -> hooks -> checkpoint
+
+Flower's own `Strategy.start` has no resume, no early stop and no phases, so it is not used. A strategy
+may have a method `done() -> bool` to end the run by itself, and `refused` (client -> reason).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedsim import messages, payload
+from fedsim.checkpoints import Unstorable
+from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.hooks import Hook, Round
+from fedsim.runs import Run
+from fedsim.strategy_state import require_clients, restore, state_of
+from fedsim.task import Task
+from fedsim.version import code_digest
+
+
+@dataclass
+class Progress:
+    """Everything about a run that changes from round to round (and is checkpointed)."""
+
+    server_round: int
+    arrays: ArrayRecord
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    stale: int = 0
+    start: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """One run of a strategy on a grid.
+
+    Args:
+        strategy: any Flower strategy.
+        grid: any Flower grid; on ours, client states are checkpointed too.
+        task: the server's task.
+        run: folder for checkpoints.
+        hooks: watchers.
+    """
+
+    def __init__(self, strategy: Strategy, grid: Grid, task: Task, run: Run, hooks: Sequence[Hook]) -> None:
+        self.strategy = strategy
+        self.grid = grid
+        self.task = task
+        self.run = run
+        self.hooks = hooks
+        self.experiment = task.experiment
+        self.who = messages.roster(grid)
+        self.resumable = True
+        evaluation = self.experiment.settings["evaluation"]
+        where = evaluation["where"]
+        if where == "auto":
+            where = "clients" if task.selection.personal else "server"
+        self.on_clients = where == "clients"
+        if self.on_clients and evaluation["patience"]:
+            raise UserError(
+                "[evaluation] patience needs the validation split, which the server measures: "
+                "set evaluation.where = \"server\" or patience = 0"
+            )
+        if evaluation["patience"] and not len(task.data.validation):
+            raise UserError("[evaluation] patience needs a validation split: set evaluation.validation = 0.1")
+
+    # ---------------------------------------------------------------------------- the loop
+
+    def execute(self) -> tuple[Progress, bool]:
+        """Run to the end, from the newest checkpoint if the folder has one.
+
+        Returns:
+            The final progress, and whether the run stopped before its last round.
+        """
+        require_clients(self.strategy, self.experiment.clients)
+        progress = self._begin()
+        self._tell("start", self.experiment, progress.server_round + 1, self._cohort())
+        if progress.server_round < 0:
+            progress.server_round = 0
+            started = time.perf_counter()
+            record = self._evaluate(progress, 0)
+            progress.start = dict(progress.last)
+            self._close(progress, record, started, due=True)
+        rounds = self.experiment.rounds
+        while progress.server_round < rounds and not self._stopped(progress):
+            started = time.perf_counter()
+            number = progress.server_round + 1
+            record = self._train(progress, number)
+            progress.server_round = number
+            last = number == rounds or self._done()
+            if last or number % self.experiment.settings["evaluation"]["every"] == 0:
+                self._evaluate(progress, number, record)
+            last = last or self._stopped(progress)
+            due = last or number % self.experiment.settings["checkpoints"]["every"] == 0
+            self._close(progress, record, started, due=due)
+        return progress, progress.server_round < rounds
+
+    def _train(self, progress: Progress, number: int) -> Round:
+        config = self._config(number)
+        out = list(self.strategy.configure_train(number, progress.arrays, config, self.grid))
+        replies = self._exchange("train", number, out, progress)
+        failed = {self._who(m): m.error.reason for m in replies if m.has_error()}
+        if out and len(failed) == len(replies):
+            reason = next(iter(failed.values()), "no reply arrived in time")
+            raise NotEnoughReplies(f"round {number}: no client could train; the first says: {reason}")
+        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        if arrays is not None:
+            progress.arrays = payload.conform(arrays, self.task.selection.shared)
+        refused = dict(getattr(self.strategy, "refused", failed))
+        for client, reason in refused.items():
+            self._tell("notice", f"round {number}: reply of client {client} not used: {_first_line(reason)}")
+        record = Round(number, clients=len(replies) - len(refused), refused=len(refused))
+        for key, value in (metrics or {}).items():
+            if key == "loss":
+                record.train_loss = float(value)  # type: ignore[arg-type]
+            elif key not in (messages.EXAMPLES, messages.SECONDS):
+                record.extra[f"train_{key}"] = value
+        return record
+
+    def _evaluate(self, progress: Progress, number: int, record: Round | None = None) -> Round:
+        record = record or Round(number)
+        metrics = self._client_metrics(progress, number) if self.on_clients else self._server_metrics(progress)
+        record.accuracy, record.loss = metrics.pop("accuracy", None), metrics.pop("loss", None)
+        record.extra.update(metrics)
+        progress.last = {"accuracy": record.accuracy or 0.0, "loss": record.loss or 0.0}
+        validation = metrics.get("validation_loss")
+        if validation is not None:
+            if validation < progress.best:
+                progress.best, progress.stale = validation, 0
+                self.run.save_best({"round": number, "arrays": progress.arrays, "loss": validation})
+            else:
+                progress.stale += 1
+        return record
+
+    def _server_metrics(self, progress: Progress) -> dict[str, float]:
+        self.task.load(progress.arrays)
+        found = self.task.evaluate_split("test")
+        found.pop(messages.EXAMPLES)
+        if len(self.task.data.validation):
+            held = self.task.evaluate_split("validation")
+            found |= {"validation_loss": held["loss"], "validation_accuracy": held["accuracy"]}
+        return found
+
+    def _client_metrics(self, progress: Progress, number: int) -> dict[str, float]:
+        config = self._config(number)
+        config["split"] = self.experiment.settings["evaluation"]["split"]
+        out = list(self.strategy.configure_evaluate(number, progress.arrays, config, self.grid))
+        if not out:
+            raise UserError(
+                "clients are to evaluate but the strategy asks none; set strategy.fraction_evaluate above 0 "
+                "or evaluation.where = \"server\""
+            )
+        replies = self._exchange("evaluate", number, out, progress)
+        self.strategy.aggregate_evaluate(number, replies)
+        # every client counts once: the field reports the mean over clients
+        rows = [r.content[messages.METRICS] for r in replies if r.has_content()]
+        found: dict[str, float] = {}
+        for key in ("accuracy", "loss"):
+            values = np.array([float(m[key]) for m in rows if isinstance(m, MetricRecord) and key in m])  # type: ignore[arg-type]
+            if len(values):
+                found[key] = float(values.mean())
+                found[f"{key}_spread"] = float(values.std())
+                found[f"{key}_worst"] = float(values.min() if key == "accuracy" else values.max())
+        return found
+
+    def _exchange(
+        self, phase: str, number: int, out: Sequence[Message], progress: Progress
+    ) -> list[Message]:
+        """Send messages, count their bytes, tell the hooks of every reply as it arrives."""
+        self._tell("sent", number, phase, len(out))
+        sizes: dict[int, int] = {}
+        for message in out:
+            content: RecordDict = message.content
+            if id(content) not in sizes:
+                sizes[id(content)] = messages.nbytes(content, self.task.half)
+            progress.bytes_down += sizes[id(content)]
+
+        def arrived(message: Message) -> None:
+            if message.has_content():
+                progress.bytes_up += messages.nbytes(message.content, self.task.half)
+            self._tell("reply", number, phase, self._who(message), message)
+
+        live = hasattr(self.grid, "on_reply")
+        if live:
+            self.grid.on_reply = arrived  # type: ignore[attr-defined]
+        try:
+            replies = list(self.grid.send_and_receive(out))
+        finally:
+            if live:
+                self.grid.on_reply = None  # type: ignore[attr-defined]
+        if not live:
+            for message in replies:
+                arrived(message)
+        return replies
+
+    def _who(self, message: Message) -> int:
+        return self.who.client(message.metadata.src_node_id)
+
+    def _config(self, number: int) -> ConfigRecord:
+        return ConfigRecord(
+            {
+                messages.ROUND: number,
+                messages.SEED: self.experiment.seed,
+                messages.LR_SCALE: lr_scale(self.experiment.settings["schedule"], number, self.experiment.rounds),
+                messages.EXPERIMENT: self.experiment.json(),
+                messages.FROZEN: self.task.frozen_digest,
+                messages.CODE: code_digest(),
+            }
+        )
+
+    def _stopped(self, progress: Progress) -> bool:
+        patience = self.experiment.settings["evaluation"]["patience"]
+        return self._done() or bool(patience and progress.stale >= patience)
+
+    def _done(self) -> bool:
+        done = getattr(self.strategy, "done", None)
+        return bool(done()) if done is not None else False
+
+    def _cohort(self) -> int:
+        fraction = getattr(self.strategy, "fraction", getattr(self.strategy, "fraction_train", 1.0))
+        return max(1, round(self.experiment.clients * float(fraction)))
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, event)(*arguments)
+
+    # -------------------------------------------------------------------- begin, checkpoint
+
+    def _begin(self) -> Progress:
+        tree, notices = self.run.latest_checkpoint()
+        if tree is not None:
+            progress = self._resume(tree)
+            self.run.truncate(progress.server_round)
+        else:
+            progress = Progress(server_round=-1, arrays=self.task.initial_payload())
+        for text in notices:
+            self._tell("notice", text)
+        return progress
+
+    def _resume(self, tree: dict[str, Any]) -> Progress:
+        if tree["experiment"] != self.experiment.digest():
+            raise UserError(
+                f"{self.run.folder}: the checkpoint belongs to another experiment (or another version of "
+                "fedsim wrote it); start a new run"
+            )
+        restore(self.strategy, tree["strategy"])
+        if hasattr(self.grid, "states"):
+            self.grid.states = dict(tree["clients"])
+        python, numpy_state = tree["random"]
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        return Progress(**tree["progress"])
+
+    def _close(self, progress: Progress, record: Round, started: float, *, due: bool) -> None:
+        """Finish a round: tell the hooks, then checkpoint (a crash in between loses a line, no state)."""
+        record.seconds = time.perf_counter() - started
+        progress.seconds += record.seconds
+        record.bytes_up, record.bytes_down = progress.bytes_up, progress.bytes_down
+        self._tell("round", record)
+        if due and self.resumable:
+            self._checkpoint(progress)
+
+    def _checkpoint(self, progress: Progress) -> None:
+        tree = {
+            "experiment": self.experiment.digest(),
+            "strategy": state_of(self.strategy),
+            "clients": getattr(self.grid, "states", {}),
+            "random": (random.getstate(), np.random.get_state()),
+            "progress": vars(progress),
+        }
+        try:
+            self.run.save_checkpoint(
+                progress.server_round, tree, self.experiment.settings["checkpoints"]["keep"]
+            )
+        except Unstorable as error:
+            self.resumable = False
+            self._tell("notice", f"not resumable: attribute {error} cannot be stored in a checkpoint")
+
+
+def lr_scale(schedule: dict[str, Any] | Any, server_round: int, rounds: int) -> float:
+    """Factor on the client's learning rate in a round (1-based), a function of the global round alone."""
+    warmup = schedule["warmup"]
+    if server_round <= warmup:
+        return float(server_round / (warmup + 1))
+    done = (server_round - 1 - warmup) / max(1, rounds - warmup)  # 0 in the first round after warm-up
+    final = schedule["final"]
+    kind = schedule["kind"]
+    if kind == "cosine":
+        return float(final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+    if kind == "linear":
+        return float(final + (1 - final) * (1 - done))
+    if kind == "step":
+        return float(schedule["step_factor"] ** ((server_round - 1 - warmup) // schedule["step_every"]))
+    return 1.0
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else text
+

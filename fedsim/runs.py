@@ -1,0 +1,225 @@
+"""The run folder: everything that a finished or interrupted experiment leaves.
+
+    runs/quickstart/
+        experiment.toml     the complete experiment, all defaults filled in
+        metrics.jsonl       one line a round
+        clients.jsonl       one line per client and round
+        checkpoints/        round-00007.safetensors ...
+        tensorboard/        event files
+        summary.json        the closing object (only of a finished run)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from fedsim import config, messages
+from fedsim.checkpoints import load, save, write_atomic
+from fedsim.config import Experiment
+from fedsim.errors import UserError
+from fedsim.hooks import Hook, Round
+
+
+def default_folder() -> Path:
+    """Where run folders are made: `FEDSIM_RUNS` or `runs` in the current folder."""
+    return Path(os.environ.get("FEDSIM_RUNS", "runs"))
+
+
+class Run:
+    """One run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    # ---------------------------------------------------------------------------- make and find
+
+    @classmethod
+    def create(cls, experiment: Experiment, parent: Path | None = None, *, overwrite: bool = False) -> Run:
+        """Make a new folder named like the experiment (`-2`, `-3`, ... when the name is taken).
+
+        Args:
+            overwrite: delete the folder of that name instead.
+        """
+        parent = parent or default_folder()
+        parent.mkdir(parents=True, exist_ok=True)
+        base = parent / experiment.name
+        if overwrite and base.exists():
+            with Run(base).lock():
+                shutil.rmtree(base)
+        for folder in _names(base):
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            run = cls(folder)
+            document = {"folder": experiment.folder} if experiment.folder else {}
+            write_atomic(folder / "origin.json", json.dumps(document).encode())
+            write_atomic(folder / "experiment.toml", experiment.toml().encode())
+            return run
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """An existing run folder.
+
+        Raises:
+            UserError: it is none.
+        """
+        if not (folder / "experiment.toml").is_file():
+            raise UserError(f"{folder} is no run folder (it has no experiment.toml)")
+        return cls(folder)
+
+    def experiment(self) -> Experiment:
+        """The experiment that this folder records."""
+        origin = json.loads((self.folder / "origin.json").read_text("utf-8"))
+        loaded = config.load(self.folder / "experiment.toml")
+        if origin.get("folder"):
+            return config.from_tables(
+                loaded.given, source=str(self.folder / "experiment.toml"), folder=origin["folder"]
+            )
+        return loaded
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder, so that no second process writes to it.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        with open(self.folder / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self.folder} is in use by another process") from error
+            yield
+
+    # ------------------------------------------------------------------------------- contents
+
+    @property
+    def finished(self) -> bool:
+        """True when the run has its summary."""
+        return (self.folder / "summary.json").is_file()
+
+    def summary(self) -> dict[str, Any]:
+        """The closing object.
+
+        Raises:
+            UserError: the run is not finished.
+        """
+        if not self.finished:
+            raise UserError(f"{self.folder} is not finished; fedsim resume {self.folder}")
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text("utf-8"))
+        return summary
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return _read_lines(self.folder / "metrics.jsonl")
+
+    # ---------------------------------------------------------------------------- checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint files, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("round-*.safetensors"))
+
+    def save_checkpoint(self, server_round: int, tree: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint atomically and delete the oldest beyond `keep`."""
+        save(self.folder / "checkpoints" / f"round-{server_round:05d}.safetensors", tree)
+        for old in self.checkpoints()[:-keep]:
+            old.unlink(missing_ok=True)
+
+    def save_best(self, tree: dict[str, Any]) -> None:
+        """Keep the state with the best validation loss."""
+        save(self.folder / "checkpoints" / "best.safetensors", tree)
+
+    def latest_checkpoint(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest checkpoint that can be read, and notices about those that cannot."""
+        notices = []
+        for path in reversed(self.checkpoints()):
+            try:
+                return load(path), notices
+            except UserError as error:
+                notices.append(f"{error}; using the checkpoint before it")
+        return None, notices
+
+    def truncate(self, last_round: int) -> None:
+        """Forget lines written after the checkpoint of `last_round`."""
+        for name in ("metrics.jsonl", "clients.jsonl"):
+            path = self.folder / name
+            rows = [row for row in _read_lines(path) if row["round"] <= last_round]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _names(base: Path) -> Iterator[Path]:
+    yield base
+    number = 2
+    while True:
+        yield base.with_name(f"{base.name}-{number}")
+        number += 1
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; a last line cut off by a crash is dropped."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class FolderHook(Hook):
+    """Writes metrics.jsonl, clients.jsonl and TensorBoard events."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._clients: list[dict[str, Any]] = []
+        self._board: Any = None
+
+    def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = first_round if first_round > 0 else None
+        self._board = SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=purge)
+
+    def reply(self, server_round: int, phase: str, client: int, message: Message) -> None:
+        row: dict[str, Any] = {"round": server_round, "client": client, "phase": phase}
+        if message.has_error():
+            row["error"] = message.error.reason
+        else:
+            row["bytes_up"] = messages.nbytes(message.content)
+            for record in message.content.metric_records.values():
+                row.update(record.items())
+        self._clients.append(row)
+
+    def round(self, result: Round) -> None:
+        _append(self.run.folder / "clients.jsonl", self._clients)
+        self._clients = []
+        row = result.row()
+        _append(self.run.folder / "metrics.jsonl", [row])
+        for name, value in row.items():
+            if name != "round" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, result.number)
+        self._board.flush()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._board.close()
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))

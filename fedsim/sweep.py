@@ -1,0 +1,287 @@
+"""Many runs from one experiment: every combination of some keys, resumable, with a table at the end.
+
+    runs/quickstart-sweep/
+        sweep.json       the base experiment and the grid: what this folder belongs to
+        cells/<slug>/    one ordinary run folder per combination
+        results.json     a list of {"cell": {key: value}, "summary": {...}} (or "error": text)
+        table.md         made from results.json alone: mean ± sample standard deviation over seeds
+
+Finished cells are not run again, interrupted ones go on from their checkpoint, failed ones are tried again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedsim import config
+from fedsim.checkpoints import write_atomic
+from fedsim.compare import differing
+from fedsim.config import Experiment
+from fedsim.errors import UserError
+from fedsim.finish import run_experiment
+from fedsim.hooks import Hook
+from fedsim.runs import Run, default_folder
+from fedsim.terminal import baselines_of, human_bytes, human_seconds
+
+#: makes the hooks of one cell and closes them after it
+Watch = Callable[["Cell"], AbstractContextManager[Sequence[Hook]]]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the grid.
+
+    Attributes:
+        keys: the grid's keys with this cell's values.
+        experiment: the complete experiment, named like the cell's folder.
+    """
+
+    keys: Mapping[str, Any]
+    experiment: Experiment
+
+    @property
+    def label(self) -> str:
+        """`seed=0 tuning.name=bias`."""
+        return " ".join(f"{key}={_plain(value)}" for key, value in self.keys.items())
+
+
+# ---------------------------------------------------------------------------------------- the grid
+
+
+def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """`["seed=0,1", "tuning.name=bias,head"]` -> lists of TOML values (bare words are strings).
+
+    Raises:
+        UserError: not of the form KEY=V1,V2.
+    """
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = (part.strip() for part in text.partition("="))
+        if not equals or not key or not values.strip(","):
+            raise UserError(f"--grid {text}: expected KEY=VALUE,VALUE, for example --grid seed=0,1,2")
+        grid[key] = _values(values)
+    return grid
+
+
+def _values(text: str) -> list[Any]:
+    try:
+        found = tomllib.loads(f"x = [{text}]")["x"]
+    except tomllib.TOMLDecodeError:
+        found = [config.toml_value(part.strip()) for part in text.split(",") if part.strip()]
+    return list({_toml(value): value for value in found}.values())
+
+
+def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """All combinations as validated experiments, the last key changing fastest.
+
+    Raises:
+        UserError: a combination is no valid experiment; the message names it.
+    """
+    if not grid:
+        raise UserError(
+            "nothing to sweep over; give --grid KEY=VALUE,VALUE or a [sweep] section in the file, "
+            "for example --grid seed=0,1,2"
+        )
+    cells = []
+    for values in itertools.product(*grid.values()):
+        keys = dict(zip(grid, values, strict=True))
+        # a name chooses another object and drops the former one's keys: it goes first
+        ordered = sorted(keys.items(), key=lambda pair: not pair[0].endswith(".name"))
+        overrides = [f"{key}={_toml(value)}" for key, value in ordered]
+        try:
+            experiment = base.replace(*overrides, f"name={json.dumps(slug(keys))}")
+        except UserError as error:
+            raise UserError(f"cell {Cell(keys, base).label}: {error}") from error
+        cells.append(Cell(keys, experiment))
+    return cells
+
+
+def slug(keys: Mapping[str, Any]) -> str:
+    """A folder name for a cell: readable where it can be, distinct always."""
+    text = "_".join(f"{key}-{_plain(value)}" for key, value in keys.items())
+    safe = re.sub(r"[^A-Za-z0-9.+_-]+", "-", text)
+    if safe == text and len(safe) <= 80:
+        return safe
+    return f"{safe[:70]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else _toml(value)
+
+
+# --------------------------------------------------------------------------------------- the sweep
+
+
+class Sweep:
+    """A sweep folder.
+
+    Args:
+        folder: made if needed.
+        base: the experiment that all cells share.
+        grid: key -> values.
+
+    Raises:
+        UserError: the folder belongs to something else, or a cell is no valid experiment.
+    """
+
+    def __init__(self, folder: Path, base: Experiment, grid: Mapping[str, Sequence[Any]]) -> None:
+        self.folder = folder
+        self.cells = cells_of(base, grid)
+        document = base.document()
+        document.pop("name")
+        self._claim({"experiment": document, "grid": {key: list(values) for key, values in grid.items()}})
+
+    @classmethod
+    def open(
+        cls, base: Experiment, grid: Mapping[str, Sequence[Any]], *, name: str | None, parent: Path | None = None
+    ) -> Sweep:
+        """The sweep `name` (default: the experiment's name and `-sweep`) in the folder of runs."""
+        chosen = name or f"{base.name}-sweep"
+        if not re.fullmatch(r"[\w.+-]+", chosen):
+            raise UserError(f"--name {chosen}: use letters, digits, '.', '_', '+', '-'")
+        merged = {**base.sweep, **grid}
+        return cls((parent or default_folder()) / chosen, base, merged)
+
+    def run(
+        self,
+        watch: Watch,
+        *,
+        before: Callable[[int, Cell], None] = lambda number, cell: None,
+        after: Callable[[int, Cell, Result], None] = lambda number, cell, result: None,
+        stop_on_error: bool = False,
+    ) -> list[Result]:
+        """Run what is not finished, cell by cell; results and table are written after each.
+
+        Args:
+            watch: hooks of a cell.
+            before: told the 1-based number of a cell that is about to run.
+            after: told every cell's result, those of earlier calls too.
+            stop_on_error: raise what a cell raises, instead of recording it and going on.
+
+        Returns:
+            One result per cell.
+        """
+        results: list[Result] = []
+        with Run(self.folder).lock():
+            for number, cell in enumerate(self.cells, start=1):
+                result = self._finished(cell)
+                if result is None:
+                    before(number, cell)
+                    result = self._run_cell(cell, watch, stop_on_error=stop_on_error)
+                results.append(result)
+                self._write(results)
+                after(number, cell, result)
+        return results
+
+    def _finished(self, cell: Cell) -> Result | None:
+        run = Run(self.folder / "cells" / cell.experiment.name)
+        if not run.finished:
+            return None
+        summary = run.summary()
+        missing = set(cell.experiment.baselines) - set(baselines_of(summary))
+        return None if missing else {"cell": dict(cell.keys), "summary": summary}
+
+    def _run_cell(self, cell: Cell, watch: Watch, *, stop_on_error: bool) -> Result:
+        parent = self.folder / "cells"
+        name = cell.experiment.name
+        try:
+            run = Run.open(parent / name) if (parent / name).exists() else Run.create(cell.experiment, parent)
+            with watch(cell) as hooks:
+                summary = run_experiment(cell.experiment, run, hooks).summary
+        except Exception as error:
+            if stop_on_error:
+                raise
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            return {"cell": dict(cell.keys), "error": f"{kind}{error}"}
+        return {"cell": dict(cell.keys), "summary": summary}
+
+    def _write(self, results: Sequence[Result]) -> None:
+        write_atomic(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        write_atomic(self.folder / "table.md", table_of(results).encode())
+
+    def _claim(self, document: dict[str, Any]) -> None:
+        """Record what the folder belongs to, or check that it belongs to the same."""
+        record = self.folder / "sweep.json"
+        text = json.dumps(document, indent=2) + "\n"
+        if record.is_file():
+            changed = differing([json.loads(record.read_text("utf-8")), json.loads(text)])
+            if changed:
+                keys = ", ".join(key.removeprefix("experiment.") for key in changed)
+                raise UserError(
+                    f"{self.folder} holds another sweep (different: {keys}); give this one its own --name"
+                )
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and is no sweep; give --name")
+        write_atomic(record, text.encode())
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def rows_of(results: Sequence[Result]) -> list[dict[str, str]]:
+    """One row per combination of all keys but `seed`: column -> text.
+
+    Numbers are mean ± sample standard deviation over the cells of a row (the mean alone for one cell).
+    """
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        keys = {key: value for key, value in result["cell"].items() if key != "seed"}
+        groups.setdefault(_toml(keys), []).append(result)
+    return [_row(json.loads(keys), group) for keys, group in groups.items()]
+
+
+def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
+    good = [result["summary"] for result in group if "summary" in result]
+    row = {key: _plain(value) for key, value in keys.items()}
+    failed = len(group) - len(good)
+    row["n"] = f"{len(good)} ({failed} failed)" if failed else str(len(good))
+    row["accuracy"] = _spread([s["accuracy"] for s in good])
+    row["start"] = _spread([s["accuracy_start"] for s in good])
+    for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
+        row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
+    row["bytes up"] = human_bytes(mean(s["bytes_up"] for s in good)) if good else ""
+    row["time"] = human_seconds(mean(s["seconds"] for s in good)) if good else ""
+    return row
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    text = f"{mean(values):.3f}"
+    return f"{text} ± {stdev(values):.3f}" if len(values) > 1 else text
+
+
+def columns_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Columns in the order in which rows name them; bytes and time stay last."""
+    last = ("bytes up", "time")
+    found = dict.fromkeys(key for row in rows for key in row)
+    return [*(key for key in found if key not in last), *(key for key in last if key in found)]
+
+
+def table_of(results: Sequence[Result]) -> str:
+    """The Markdown table of a sweep's results: a function of `results.json` alone."""
+    rows = rows_of(results)
+    columns = columns_of(rows)
+    lines = [_line(columns), _line("---" for _ in columns)]
+    lines += [_line(row.get(column, "") for column in columns) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

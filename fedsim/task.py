@@ -1,0 +1,198 @@
+"""Task = model + federated data + loss + additive metrics, built once per process from an Experiment.
+
+The model is *resident*: one copy per process, overwritten in place for every client. `reset` puts every
+changing entry back, so nothing of one client is left for the next.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from fedsim import config, payload
+from fedsim.config import Experiment
+from fedsim.data import federated
+from fedsim.data.federated import FederatedData
+from fedsim.errors import UserError
+from fedsim.models.base import Classifier, set_train_mode
+
+
+@dataclass
+class Task:
+    """What a client trains and a server evaluates.
+
+    Attributes:
+        experiment: where it came from.
+        model: the resident model on `device`.
+        data: all clients' data (memory-mapped; a client touches its own rows only).
+        selection: names that travel and names that stay.
+        frozen_digest: digest of everything that does neither.
+        loss: (model, inputs, labels) -> mean loss of a batch, a scalar tensor with a graph.
+    """
+
+    experiment: Experiment
+    model: Classifier
+    data: FederatedData
+    selection: payload.Selection
+    frozen_digest: str
+    loss: Callable[[Classifier, Tensor, Tensor], Tensor]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        state = self.model.state_dict(keep_vars=True)
+        self._changing = {e.name: state[e.name].data for e in self.selection.changing}
+        self._transient = {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if name not in state  # non-persistent buffers: no state_dict entry, but a client may change them
+        }
+        self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
+
+    @property
+    def half(self) -> frozenset[str]:
+        """Names of bfloat16 entries (two bytes a value on a packed wire)."""
+        return frozenset(entry.name for entry in self.selection.changing if entry.dtype == "bfloat16")
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put every entry that training may change back to its initial value."""
+        for name, tensor in (self._changing | self._transient).items():
+            tensor.copy_(self._initial[name])
+
+    def load(self, shared: ArrayRecord, personal: ArrayRecord | None = None) -> None:
+        """Reset the model, then overwrite the shared part and, if there is one, the personal part.
+
+        Raises:
+            ValueError: names, shapes or dtypes do not fit.
+        """
+        self.reset()
+        payload.load_record(shared, self.selection.shared, self._changing)
+        if personal is not None:
+            payload.load_record(personal, self.selection.personal, self._changing)
+
+    def shared(self) -> ArrayRecord:
+        """A copy of the shared part of the resident model."""
+        return payload.to_record(self._changing, self.selection.shared)
+
+    def personal(self) -> ArrayRecord:
+        """A copy of the personal part of the resident model."""
+        return payload.to_record(self._changing, self.selection.personal)
+
+    def initial_payload(self) -> ArrayRecord:
+        """The shared part before any training."""
+        return payload.to_record(self._initial, self.selection.shared)
+
+    def batch(self, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Rows of memory-mapped arrays as tensors on the device: inputs [b, ...] as stored, labels int64 [b]."""
+        return torch.from_numpy(x[rows]).to(self.device), torch.from_numpy(y[rows]).to(self.device)
+
+    @torch.no_grad()
+    def evaluate(self, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        """Mean loss and accuracy of the resident model over some rows.
+
+        Sums are additive over batches, float64; `num-examples` counts the rows.
+        """
+        size = self.experiment.settings["evaluation"]["batch_size"]
+        set_train_mode(self.model, training=False)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for start in range(0, len(rows), size):
+            inputs, labels = self.batch(x, y, rows[start : start + size])
+            logits = self.model(inputs)
+            loss += F.cross_entropy(logits, labels, reduction="sum").double()
+            correct += (logits.argmax(1) == labels).sum()
+        count = max(len(rows), 1)
+        return {
+            "num-examples": len(rows),
+            "loss": loss.item() / count,
+            "accuracy": correct.item() / count,
+        }
+
+    def evaluate_split(self, split: str, client: int | None = None) -> dict[str, float]:
+        """Evaluate on `test`, `validation`, a client's `local` test part or its `train` rows."""
+        arrays = self.data.arrays
+        if split == "test":
+            return self.evaluate(arrays.test_x, arrays.test_y, np.arange(len(arrays.test_y)))
+        if split == "validation":
+            return self.evaluate(arrays.train_x, arrays.train_y, self.data.validation)
+        if client is None:
+            raise ValueError(f"split '{split}' belongs to a client")
+        if split == "local":
+            return self.evaluate(arrays.test_x, arrays.test_y, self.data.local_test(client))
+        if split == "train":
+            return self.evaluate(arrays.train_x, arrays.train_y, self.data.client(client))
+        raise ValueError(f"unknown split '{split}': test, validation, local or train")
+
+
+def cross_entropy(model: Classifier, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(model(inputs), labels)
+
+
+def build(experiment: Experiment) -> Task:
+    """Build a task: data, model (weights from the experiment's seed), tuning, selection.
+
+    Raises:
+        UserError: anything in the experiment that does not fit together.
+    """
+    data = load_data(experiment)
+    # the caller's generators are left as they were
+    python, legacy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        seed = experiment.seed
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        model = experiment.build("tuning", experiment.build("model", data.info))
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(generator)
+    if not isinstance(model, Classifier):
+        raise UserError(
+            f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
+            f"got {type(model).__name__}"
+        )
+    personal = experiment.settings["payload"].get("personal", [])
+    selection = payload.select(model, model.train_modules, personal)
+    return Task(
+        experiment=experiment,
+        model=model,
+        data=data,
+        selection=selection,
+        frozen_digest=payload.frozen_digest(model, selection.changing),
+        loss=cross_entropy,
+    )
+
+
+def load_data(experiment: Experiment) -> FederatedData:
+    """The experiment's federated data."""
+    partition, source = experiment["partition"], experiment["data"]
+    folders = [Path(experiment.folder)] if experiment.folder else []
+    return federated.load(
+        source.name,
+        dict(source.options),
+        partition.name,
+        dict(partition.options),
+        clients=partition.common["clients"],
+        shots=partition.common.get("shots"),
+        pooled=partition.common["pooled"],
+        validation=experiment.settings["evaluation"]["validation"],
+        seed=experiment.seed,
+        roots=[*folders, Path.cwd()],
+    )
+
+
+@lru_cache(maxsize=2)
+def cached(text: str) -> Task:
+    """The task of an experiment sent as JSON; built once per process."""
+    return build(config.from_json(text))

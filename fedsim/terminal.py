@@ -1,0 +1,96 @@
+"""How numbers and a finished run look on a terminal (80 columns, quiet, aligned)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def human_bytes(count: float) -> str:
+    """`1234567` -> `"1.2 MB"` (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`0.43` -> `"0.4 s"`, `192` -> `"3 min 12 s"`, `7500` -> `"2 h 05 min"`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def human_traffic(up: float, down: float) -> str:
+    """Bytes sent by clients and to clients."""
+    return f"↑ {human_bytes(up)}  ↓ {human_bytes(down)}"
+
+
+def sparkline(values: Sequence[float], width: int = 24, span: tuple[float, float] | None = None) -> str:
+    """A curve in one line of block characters.
+
+    Args:
+        values: the curve; more values than `width` are averaged in groups.
+        width: longest line.
+        span: values of the lowest and the highest block (default: those of the curve).
+    """
+    if not values:
+        return ""
+    columns = min(width, len(values))
+    edges = [len(values) * i // columns for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = span or (min(means), max(means))
+    if not high > low:  # flat, or not a number
+        return _BLOCKS[0] * columns
+    top = len(_BLOCKS) - 1
+    return "".join(_BLOCKS[max(0, min(top, round((v - low) / (high - low) * top)))] for v in means)
+
+
+def curve(history: Iterable[Mapping[str, Any]], key: str = "accuracy") -> list[float]:
+    """One metric over the rounds that measured it, from the rows of metrics.jsonl."""
+    return [float(row[key]) for row in history if row.get(key) is not None]
+
+
+def baselines_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Baseline -> accuracy, from a run's closing object (`accuracy_local_only` -> `local-only`)."""
+    return {
+        key.removeprefix("accuracy_").replace("_", "-"): float(value)
+        for key, value in summary.items()
+        if key.startswith("accuracy_") and key != "accuracy_start"
+    }
+
+
+def grid() -> Table:
+    """The borderless table that everything on the screen uses."""
+    from rich.table import Table
+
+    return Table.grid(padding=(0, 2))
+
+
+def closing_table(summary: Mapping[str, Any], history: Iterable[Mapping[str, Any]]) -> Table:
+    """What a finished run achieved: start → end, baselines, bytes, seconds."""
+    table = grid()
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="cyan", no_wrap=True)
+    change = f"{summary['accuracy_start']:.3f} → [bold]{summary['accuracy']:.3f}[/]"
+    table.add_row("accuracy", change, sparkline(curve(history)))
+    for name, accuracy in baselines_of(summary).items():
+        mean = " mean" if name == "local-only" else ""
+        table.add_row(f"{name}{mean}", f"        {accuracy:.3f}")
+    table.add_row("loss", f"        {summary['loss']:.3f}")
+    table.add_row("sent up", human_bytes(summary["bytes_up"]))
+    table.add_row("sent down", human_bytes(summary["bytes_down"]))
+    table.add_row("time", human_seconds(summary["seconds"]))
+    return table

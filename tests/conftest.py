@@ -1,0 +1,21 @@
+"""Every test session has a cache of its own and one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = os.environ.get("FEDSIM_CACHE")
+    os.environ["FEDSIM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)
+    yield
+    if before is None:
+        del os.environ["FEDSIM_CACHE"]
+    else:
+        os.environ["FEDSIM_CACHE"] = before

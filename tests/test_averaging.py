@@ -1,0 +1,178 @@
+"""The weighted mean: exact, ordered, and deaf to bad replies."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fedsim.averaging import TreeSum, WeightedAverage, WeightedSum
+from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.testing import play
+
+
+def leaf(rng: np.random.Generator) -> WeightedSum:
+    return WeightedSum.of({"w": rng.normal(size=5).astype(np.float32)}, float(rng.integers(1, 50)))
+
+
+def tree(leaves: list[WeightedSum | None]) -> WeightedSum | None:
+    total = TreeSum()
+    for item in leaves:
+        total.push(item)
+    return total.total()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 13])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_sums_over_aligned_blocks_give_the_same_bits(count: int, level: int) -> None:
+    """A worker that sums its own block of 2^level clients changes nothing, whatever the cohort's size."""
+    missing = {5}
+
+    def leaves() -> list[WeightedSum | None]:
+        rng = np.random.default_rng(7)
+        made = [leaf(rng) for _ in range(count)]
+        return [None if i in missing else made[i] for i in range(count)]
+
+    whole = tree(leaves())
+    blocks, size = TreeSum(), 2**level
+    for start in range(0, count, size):
+        part = leaves()[start : start + size]
+        blocks.push(tree(part + [None] * (size - len(part))), level)
+    folded = blocks.total()
+    assert whole is not None
+    assert folded is not None
+    assert whole.weight == folded.weight
+    assert whole.arrays["w"].tobytes() == folded.arrays["w"].tobytes()
+
+
+def test_mean_matches_float64_reference_and_casts_once() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(9, 4)).astype(np.float32)
+    weights = rng.integers(1, 99, size=9).astype(float)
+
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return {"w": values[client]}, {"num-examples": int(weights[client])}
+
+    played = play(WeightedAverage(), {"w": np.zeros(4, np.float32)}, answer, clients=9)
+    expected = (values.astype(np.float64) * weights[:, None]).sum(0) / weights.sum()
+    assert played.arrays["w"].dtype == np.float32
+    np.testing.assert_array_equal(played.arrays["w"], expected.astype(np.float32))
+
+
+def test_half_precision_mean_is_not_sloppy() -> None:
+    """A thousand float16 tensors of 0.1: Flower's mean gives 0.1058, the right answer is float16(0.1)."""
+    start = {"w": np.full(3, 0.1, np.float16)}
+    played = play(WeightedAverage(), start, lambda c, a, k: (a, {"num-examples": 7}), clients=1000)
+    assert played.arrays["w"].dtype == np.float16
+    np.testing.assert_array_equal(played.arrays["w"], start["w"])
+
+
+def test_integers_are_not_averaged() -> None:
+    start = {"w": np.zeros(1, np.float32), "count": np.array(3)}
+
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return {**arrays, "count": np.array(3 + client)}, {"num-examples": 1}
+
+    played = play(WeightedAverage(), start, answer, clients=3)
+    assert played.arrays["count"].dtype == np.int64
+    assert played.arrays["count"].shape == ()
+    assert played.arrays["count"] == 5
+
+
+def test_uniform_weighting_and_zero_examples() -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return {"w": np.full(2, float(client), np.float32)}, {"num-examples": [0, 10, 30][client]}
+
+    start = {"w": np.zeros(2, np.float32)}
+    assert play(WeightedAverage(), start, answer, clients=3).arrays["w"][0] == np.float32(70 / 40)
+    assert play(WeightedAverage(weighting="uniform"), start, answer, clients=3).arrays["w"][0] == 1.0
+
+
+BAD = {
+    "raises": lambda a: 1 / 0,
+    "NaN": lambda a: {**a, "w": np.full_like(a["w"], np.nan)},
+    "infinity": lambda a: {**a, "w": np.full_like(a["w"], np.inf)},
+    "wrong names": lambda a: {"v": a["w"]},
+    "missing name": lambda a: {},
+    "wrong shape": lambda a: {"w": np.zeros(4, np.float32)},
+    "wrong dtype": lambda a: {"w": a["w"].astype(np.float64)},
+    "absurd size": lambda a: {"w": np.zeros(10**6, np.float32)},
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_replies_are_left_out_counted_and_named(kind: str) -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        changed = BAD[kind](arrays) if client == 2 else {"w": arrays["w"] + client}
+        return changed, {"num-examples": 1}
+
+    start = {"w": np.zeros(3, np.float32)}
+    strategy = WeightedAverage()
+    played = play(strategy, start, answer, clients=4)
+    assert played.arrays["w"].tolist() == [np.float32(4 / 3)] * 3
+    assert set(strategy.refused) == {2}
+    with pytest.raises(NotEnoughReplies, match="client 2"):
+        play(WeightedAverage(min_replies=4), start, answer, clients=4)
+
+
+@pytest.mark.parametrize("count", [None, float("nan"), -1])
+def test_a_reply_without_a_usable_weight_is_refused(count: float | None) -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        good = {"num-examples": 1}
+        return arrays, good if client else ({} if count is None else {"num-examples": count})
+
+    strategy = WeightedAverage()
+    play(strategy, {"w": np.zeros(3, np.float32)}, answer, clients=2)
+    assert "num-examples" in strategy.refused[0]
+
+
+def test_a_missing_reply_does_not_shift_its_neighbours() -> None:
+    """Leaving out client 1 equals the tree with a hole there, not the tree over three clients."""
+    values = np.array([[1e16], [0.0], [1.0], [-1e16]])
+
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        if client == 1:
+            raise RuntimeError("gone")
+        return {"w": values[client]}, {"num-examples": 1}
+
+    played = play(WeightedAverage(), {"w": np.zeros(1)}, answer, clients=4)
+    hole = tree([None if i == 1 else WeightedSum.of({"w": values[i]}, 1.0) for i in range(4)])
+    assert hole is not None
+    assert played.arrays["w"][0] == hole.arrays["w"][0] / 3
+
+
+def test_order_of_replies_does_not_matter() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(5, 6)).astype(np.float32)
+
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return {"w": values[client]}, {"num-examples": client + 1}
+
+    results = set()
+    for order in itertools.islice(itertools.permutations(range(5)), 0, 120, 17):
+        played = play(
+            WeightedAverage(),
+            {"w": np.zeros(6, np.float32)},
+            answer,
+            clients=5,
+            reorder=lambda r, order=order: [r[i] for i in order],
+        )
+        results.add(played.arrays["w"].tobytes())
+    assert len(results) == 1
+
+
+def test_sampling_is_a_function_of_seed_and_round() -> None:
+    start = {"w": np.zeros(1, np.float32)}
+    first = play(WeightedAverage(fraction=0.3), start, clients=20, rounds=4, seed=5)
+    again = play(WeightedAverage(fraction=0.3), start, clients=20, rounds=4, seed=5)
+    other = play(WeightedAverage(fraction=0.3), start, clients=20, rounds=4, seed=6)
+    assert first.cohorts == again.cohorts
+    assert first.cohorts != other.cohorts
+    assert all(len(set(cohort)) == 6 for cohort in first.cohorts)
+    assert len({tuple(cohort) for cohort in first.cohorts}) > 1
+
+
+def test_too_few_clients_is_said_at_once() -> None:
+    with pytest.raises(UserError, match="at least 5 clients but only 4"):
+        play(WeightedAverage(min_clients=5), {"w": np.zeros(1, np.float32)}, clients=4)
