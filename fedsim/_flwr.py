@@ -80,6 +80,10 @@ class LazyArray(Array):
         """A private, writable copy, as Flower's own Array gives."""
         return np.array(self.__dict__["values"])
 
+    def deflate(self) -> bytes:
+        """The wire form, under the name of Flower's class (the header carries it)."""
+        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Array):
             return NotImplemented

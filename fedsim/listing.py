@@ -59,7 +59,8 @@ def entries(kind: str) -> list[Entry]:
     if kind not in KINDS:
         raise UserError(f"unknown kind '{kind}': {nearest(kind, KINDS)}")
     if kind == "experiments":
-        return [Entry(path.stem, _first_comment(path)) for path in sorted(config.shipped_folder().glob("*.toml"))]
+        paths = sorted(config.shipped_folder().glob("*.toml"))
+        return [Entry(path.stem, _first_comment(path)) for path in paths]
     return [_entry(kind, name, target) for name, target in registry.table(kind).items()]
 
 

@@ -167,10 +167,17 @@ def summary(target: Callable[..., Any]) -> str:
 
 
 def _argument_docs(target: Callable[..., Any]) -> dict[str, str]:
-    """`name: text` lines of the docstring's Args section (continuation lines are joined)."""
-    text = inspect.getdoc(target) or ""
+    """`name: text` lines of the Args sections (of a class: its ancestors', too; its own win)."""
     if inspect.isclass(target):
-        text += "\n" + (inspect.getdoc(target.__init__) or "")
+        found: dict[str, str] = {}
+        for cls in reversed(target.__mro__):
+            found.update(_args_section(inspect.cleandoc(cls.__doc__ or "")))
+        return found
+    return _args_section(inspect.getdoc(target) or "")
+
+
+def _args_section(text: str) -> dict[str, str]:
+    """One docstring's Args (continuation lines are joined)."""
     found: dict[str, str] = {}
     key = None
     inside = False

@@ -148,7 +148,12 @@ class Sweep:
 
     @classmethod
     def open(
-        cls, base: Experiment, grid: Mapping[str, Sequence[Any]], *, name: str | None, parent: Path | None = None
+        cls,
+        base: Experiment,
+        grid: Mapping[str, Sequence[Any]],
+        *,
+        name: str | None = None,
+        parent: Path | None = None,
     ) -> Sweep:
         """The sweep `name` (default: the experiment's name and `-sweep`) in the folder of runs."""
         chosen = name or f"{base.name}-sweep"

@@ -75,6 +75,7 @@ def play(
     *,
     clients: int = 4,
     rounds: int = 1,
+    first_round: int = 1,
     seed: int = 0,
     reorder: Callable[[list[Message]], list[Message]] = lambda replies: replies,
     engine: str = "serial",
@@ -87,6 +88,7 @@ def play(
         answer: what a client does.
         clients: how many there are.
         rounds: how many rounds are played.
+        first_round: number of the first one (to go on with an earlier play).
         seed: of the run (sampling).
         reorder: changes the list of replies before the strategy sees it.
         engine: name of the engine.
@@ -101,7 +103,7 @@ def play(
     def main(grid: Grid, context: Context) -> None:
         arrays = messages.arrays_of(start)
         who = messages.roster(grid)
-        for number in range(1, rounds + 1):
+        for number in range(first_round, first_round + rounds):
             config = ConfigRecord({messages.ROUND: number, messages.SEED: seed})
             out = list(strategy.configure_train(number, arrays, config, grid))
             played.cohorts.append(sorted(who.client(m.metadata.dst_node_id) for m in out))

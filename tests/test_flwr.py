@@ -1,0 +1,54 @@
+"""The private names of Flower that fedsim leans on: this file fails first when Flower moves one."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+from flwr.app import Array, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedsim import _flwr
+
+
+def test_private_names_are_where_they_were() -> None:
+    assert _flwr.SUPERLINK_NODE_ID == 1
+    assert _flwr.ErrorCode.CLIENT_APP_RAISED_EXCEPTION == 2
+    assert _flwr.Run.create_empty(5).run_id == 5
+    for name in ("_run_id", "_node_id", "_task_id"):
+        assert hasattr(_flwr.TaskIdentity, name)
+
+
+def test_the_abstract_grid_is_what_we_implement() -> None:
+    assert Grid.__abstractmethods__ == {
+        "set_run", "run", "create_message", "push_messages", "pull_messages", "get_node_ids", "send_and_receive",
+    }  # fmt: skip
+    assert list(inspect.signature(ClientApp.__call__).parameters) == ["self", "message", "context"]
+    assert "series_id" in inspect.signature(Context.__init__).parameters
+
+
+def test_identity_is_set_and_restored() -> None:
+    before = _flwr.TaskIdentity._run_id
+    with _flwr.acting_as_server(17):
+        message = Message(RecordDict(), dst_node_id=3, message_type="train")
+        assert message.metadata.run_id == 17
+        assert message.metadata.src_node_id == 1
+        _flwr.set_message_id(message, "abc")
+        assert message.metadata.message_id == "abc"
+        assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "abc"
+    assert _flwr.TaskIdentity._run_id == before
+
+
+def test_lazy_arrays_survive_flowers_object_store() -> None:
+    """Deflated for the wire, an Array made lazily has the object id of a stock one."""
+    values = np.arange(5, dtype=np.float32)
+    assert _flwr.LazyArray(values).object_id == Array(values).object_id
+
+
+def test_import_fedsim_is_light() -> None:
+    code = "import sys, fedsim, fedsim.cli; print([m for m in ('torch','flwr','ray','numpy','pydantic') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
