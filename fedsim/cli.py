@@ -361,7 +361,7 @@ def _open(folder: Path) -> Run:
     if not folder.exists() and (default_folder() / folder).is_dir():
         folder = default_folder() / folder
     if (folder / "sweep.json").is_file():
-        raise UserError(f"{folder} is a sweep, its runs are in {folder / 'cells'}; fedsim sweep goes on with it")
+        raise UserError(f"{folder} is a sweep (fedsim sweep goes on with it); its runs are in {folder}/cells")
     return Run.open(folder)
 
 
@@ -371,6 +371,13 @@ def _close(
     """The closing table, where the files are, what to try next."""
     from fedsim.terminal import closing_table
 
+    rounds, clients = summary["rounds"], summary["clients"]
+    if not session.console.is_terminal:  # set apart from the lines above
+        session.console.print()
+    session.console.print(
+        f"[bold]{summary['name']}[/]  [dim]{summary['strategy']} · {clients} clients · {rounds} rounds[/]",
+        highlight=False,
+    )
     session.console.print()
     session.console.print(closing_table(summary, finished.history()), highlight=False)
     session.console.print()
@@ -408,9 +415,7 @@ def _run_cells(session: _Session, found: Sweep, *, debug: bool) -> list[dict[str
         line = f"{mark} {number:>{width}}/{total}  {escape(cell.label)}  {text}"
         session.console.print(line, highlight=False, soft_wrap=True)
 
-    return found.run(
-        lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug
-    )
+    return found.run(lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug)
 
 
 def _show_sweep(session: _Session, found: Sweep, results: list[dict[str, Any]]) -> None:
@@ -424,7 +429,10 @@ def _show_sweep(session: _Session, found: Sweep, results: list[dict[str, Any]]) 
     table = grid()
     table.show_header, table.header_style = True, "dim"
     for column in columns:
-        table.add_column(column, justify="left" if column in keys else "right", no_wrap=column not in keys)
+        if column in keys:  # `tuning.name` -> `tuning`, `client.lr` -> `lr`: 80 columns are few
+            table.add_column(column.removesuffix(".name").rpartition(".")[2], overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row.get(column, "") for column in columns))
     session.console.print()

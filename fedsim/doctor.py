@@ -111,7 +111,8 @@ def _flower() -> Finding:
 def _torch() -> Finding:
     import torch
 
-    return Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    count = torch.get_num_threads()
+    return Finding("torch", f"{torch.__version__}, {count} thread{'s' if count > 1 else ''}")
 
 
 def _gpu() -> Finding:

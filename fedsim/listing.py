@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.padding import Padding
+
 from fedsim import config, registry
 from fedsim.errors import UserError, nearest
 from fedsim.registry import Parameter
@@ -96,7 +99,7 @@ def _first_comment(path: Path) -> str:
 
 def show_kinds(console: Console) -> None:
     """The kinds themselves."""
-    _show_pairs(console, list(KINDS.items()))
+    _show_pairs(console, [(name, escape(text)) for name, text in KINDS.items()])
 
 
 def show(console: Console, kind: str, *, verbose: bool = False) -> None:
@@ -107,7 +110,7 @@ def show(console: Console, kind: str, *, verbose: bool = False) -> None:
         return
     for entry in found:
         console.print(f"[bold]{entry.name}[/]", highlight=False)
-        console.print(f"  {_styled(entry)}", highlight=False)
+        console.print(Padding(_styled(entry), (0, 0, 0, 2)), highlight=False)
         _show_keys(console, entry.keys)
         console.print()
     common = common_keys(kind)
@@ -117,8 +120,6 @@ def show(console: Console, kind: str, *, verbose: bool = False) -> None:
 
 
 def _styled(entry: Entry) -> str:
-    from rich.markup import escape
-
     return escape(entry.text) if entry.usable else f"[red]{escape(entry.text)}[/]"
 
 
@@ -132,9 +133,6 @@ def _show_pairs(console: Console, pairs: list[tuple[str, str]]) -> None:
 
 
 def _show_keys(console: Console, keys: list[Parameter]) -> None:
-    from rich.markup import escape
-    from rich.padding import Padding
-
     if not keys:
         return
     table = grid()

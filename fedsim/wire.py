@@ -113,7 +113,9 @@ class WireGrid(Grid):
                 time.sleep(POLL)
         return replies
 
-    def _outgoing(self, outgoing: Iterable[Message]) -> Iterable[Message]:
+    def _outgoing(self, outgoing: Iterable[Message]) -> list[Message]:
+        # a list: Flower's grid goes over the messages twice
+        ready: list[Message] = []
         packed: dict[int, RecordDict] = {}
         for message in outgoing:
             content = message.content
@@ -124,7 +126,8 @@ class WireGrid(Grid):
             if isinstance(config, ConfigRecord) and self.roster.nodes:
                 who = self.roster.client(message.metadata.dst_node_id)
                 own[messages.CONFIG] = ConfigRecord({**config, messages.PARTITION: who})
-            yield Message(own, metadata=message.metadata)
+            ready.append(Message(own, metadata=message.metadata))
+        return ready
 
     # ------------------------------------------------------------------------------- hello
 
