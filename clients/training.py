@@ -190,9 +190,7 @@ def _anchors(task: Task) -> list[tuple[torch.nn.Parameter, Tensor]]:
     ]
 
 
-def _optimizer(
-    parameters: list[torch.nn.Parameter], name: str, recipe: Recipe
-) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], name: str, recipe: Recipe) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(

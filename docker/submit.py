@@ -20,7 +20,9 @@ PATIENCE = 60
 
 def flwr(*arguments: str) -> dict[str, Any]:
     """Run `flwr ... --format json` and return what it says."""
-    done = subprocess.run(["flwr", *arguments, "--format", "json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["flwr", *arguments, "--format", "json"], capture_output=True, text=True, check=False
+    )
     try:
         # the object may follow lines of chatter
         said: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])

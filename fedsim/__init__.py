@@ -1,10 +1,10 @@
 """fedsim: tune, prompt, un-learn and locally train foundation models across federated clients.
 
-    import fedsim
-    result = fedsim.run("quickstart", rounds=5)
-    print(result.history)
+import fedsim
+result = fedsim.run("quickstart", rounds=5)
+print(result.history)
 
-    fedsim.simulate(server_app, client_app, num_clients=10)      # any Flower Message-API app
+fedsim.simulate(server_app, client_app, num_clients=10)      # any Flower Message-API app
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ def run(
         fedsim.errors.UserError: the experiment has a mistake; the message says which and how to mend it.
     """
     from fedsim import config
+    from fedsim._flwr import quiet
     from fedsim.finish import run_experiment
     from fedsim.runs import Run
 
     chosen = config.load(experiment, config.overrides_of(overrides))
     made = Run.create(chosen, Path(folder) if folder else None, overwrite=overwrite)
-    return run_experiment(chosen, made)
+    with quiet():
+        return run_experiment(chosen, made)
 
 
 def __getattr__(name: str) -> Any:

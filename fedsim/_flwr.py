@@ -49,6 +49,7 @@ __all__ = [
     "private_copy",
     "quiet",
     "set_message_id",
+    "with_content",
 ]
 
 
@@ -112,10 +113,9 @@ def private_copy(content: RecordDict) -> RecordDict:
     for key, record in content.items():
         if isinstance(record, ArrayRecord):
             copied[key] = _array_record(dict(record.items()))
-        elif isinstance(record, MetricRecord):
-            copied[key] = MetricRecord({k: list(v) if isinstance(v, list) else v for k, v in record.items()})
         else:
-            copied[key] = ConfigRecord({k: list(v) if isinstance(v, list) else v for k, v in record.items()})
+            values: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
+            copied[key] = MetricRecord(values) if isinstance(record, MetricRecord) else ConfigRecord(values)
     return copied
 
 
@@ -124,6 +124,11 @@ def _array_record(arrays: dict[str, Array]) -> ArrayRecord:
     for name, array in arrays.items():
         record[name] = array
     return record
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """The same message (same metadata) with another content."""
+    return Message(content, metadata=message.metadata)  # type: ignore[call-overload, no-any-return]
 
 
 def set_message_id(message: Message, message_id: str) -> None:

@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim import config, messages
+from fedsim import _flwr, config, messages
 from fedsim.config import Experiment
 from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
 from fedsim.errors import UserError
@@ -46,12 +46,10 @@ class FederatedClientApp(ClientApp):
         instruction = messages.config_of(message)
         if message.metadata.message_type == messages.HELLO:
             mine = int(context.node_config.get("partition-id", -1))
-            return messages.reply(
-                message, config={messages.CODE: code_digest(), messages.PARTITION: mine}
-            )
+            return messages.reply(message, config={messages.CODE: code_digest(), messages.PARTITION: mine})
         if instruction[messages.CODE] != code_digest():
             raise RuntimeError(
-                f"this node runs fedsim {code_digest()}, the server {instruction[messages.CODE]}; "
+                f"this node runs fedsim {code_digest()}, the server {instruction[messages.CODE]!s}; "
                 "install the same version on both"
             )
         experiment = config.from_json(str(instruction[messages.EXPERIMENT]))
@@ -62,15 +60,16 @@ class FederatedClientApp(ClientApp):
                 "check --node-config and partition.clients"
             )
         context.node_config["partition-id"] = who
-        with running(experiment, derive_seed(
-            experiment.seed, instruction[messages.ROUND], message.metadata.message_type, who
-        )):
+        with running(
+            experiment,
+            derive_seed(experiment.seed, instruction[messages.ROUND], message.metadata.message_type, who),
+        ):
             task, app = _client(str(instruction[messages.EXPERIMENT]))
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
-            reply = app(Message(payload.unpack(message.content), metadata=message.metadata), context)
+            reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)
             if packed and reply.has_content():
-                reply = Message(payload.pack(reply.content, task.half), metadata=reply.metadata)
+                reply = _flwr.with_content(reply, payload.pack(reply.content, task.half))
             return reply
 
 
@@ -163,11 +162,14 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
         run = run or Run.create(experiment)
         watchers = [FolderHook(run), *hooks]
         with run.lock():
-            loop = Loop(strategy, grid, task, run, watchers)
-            progress, _ = loop.execute()
-            summary = close(loop, progress)
-            for hook in watchers:
-                hook.finish(summary)
+            try:
+                loop = Loop(strategy, grid, task, run, watchers)
+                summary = close(loop, loop.execute())
+                for hook in watchers:
+                    hook.finish(summary)
+            finally:
+                for hook in watchers:
+                    hook.close()
 
 
 #: what pyproject.toml names for `flwr run`

@@ -104,7 +104,7 @@ def weighted_metrics(replies: Sequence[MetricRecord]) -> MetricRecord:
             continue
         stacked = np.array([m[key] for m in replies], dtype=np.float64)
         found[key] = (np.tensordot(weights, stacked, axes=1) / total).tolist()
-    found[messages.EXAMPLES] = int(sum(int(m[messages.EXAMPLES]) for m in replies))  # type: ignore[arg-type]
+    found[messages.EXAMPLES] = round(sum(float(m[messages.EXAMPLES]) for m in replies))  # type: ignore[arg-type, misc]
     return MetricRecord(found)
 
 
@@ -302,7 +302,7 @@ def _too_few(
     server_round: int, good: int, needed: int, refused: Mapping[int, str], silent: Sequence[int]
 ) -> str:
     lines = [f"round {server_round}: {good} usable replies, the strategy needs {needed} (min_replies)"]
-    lines += [f"  client {client}: {reason}" for client, reason in list(refused.items())[:5]]
+    lines += [f"  client {client}: {reason.splitlines()[0]}" for client, reason in list(refused.items())[:5]]
     if len(refused) > 5:
         lines.append(f"  and {len(refused) - 5} more")
     if silent:

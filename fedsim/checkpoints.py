@@ -24,7 +24,7 @@ from fedsim.errors import UserError
 from fedsim.messages import arrays_of, views_of
 
 Arrays = dict[str, NDArray[Any]]
-_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
+_RECORDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord, "records": RecordDict}
 
 
 class Unstorable(TypeError):
@@ -110,9 +110,7 @@ def _encode(value: Any, path: str, arrays: Arrays) -> Any:
     for kind, record in _RECORDS.items():
         if isinstance(value, record):
             return {"@": kind, "value": _encode_pairs(value, path, arrays)}
-    if isinstance(value, RecordDict):
-        return {"@": "records", "value": _encode_pairs(value, path, arrays)}
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {"@": "dict", "value": _encode_pairs(value, path, arrays)}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
@@ -122,13 +120,16 @@ def _encode(value: Any, path: str, arrays: Arrays) -> Any:
 
 def _encode_pairs(items: Mapping[Any, Any], path: str, arrays: Arrays) -> list[Any]:
     # pairs, not an object: JSON keys are strings, and clients are numbers
-    return [[key, _encode(value, f"{path}.{key}" if path else str(key), arrays)] for key, value in items.items()]
+    return [
+        [key, _encode(value, f"{path}.{key}" if path else str(key), arrays)] for key, value in items.items()
+    ]
 
 
 def _decode(value: Any, arrays: Arrays) -> Any:
     if not isinstance(value, dict):
         return value
-    kind, inner = value["@"], value.get("value")
+    kind: str = value["@"]
+    inner: Any = value.get("value")
     if kind == "array":
         return arrays[value["key"]]
     if kind == "scalar":
@@ -141,6 +142,4 @@ def _decode(value: Any, arrays: Arrays) -> Any:
     pairs = {key: _decode(v, arrays) for key, v in inner}
     if kind == "arrays":
         return arrays_of(pairs)
-    if kind in _RECORDS:
-        return _RECORDS[kind](pairs)
-    return RecordDict(pairs) if kind == "records" else pairs
+    return _RECORDS[kind](pairs) if kind in _RECORDS else pairs

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedsim.errors import UserError
+from fedsim.session import Session
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from fedsim.config import Experiment
-    from fedsim.hooks import Hook
     from fedsim.runs import Run
     from fedsim.sweep import Cell, Sweep
-
-# Read by libraries when they are imported: no telemetry, no progress bars, no fork warnings.
-for _switch, _value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}.items():
-    os.environ.setdefault(_switch, _value)
-
-_CHATTY = ("flwr", "ray", "torch", "datasets", "transformers", "matplotlib", "tensorboard")
 
 app = typer.Typer(
     help="Tune, prompt, un-learn and locally train foundation models across federated clients.",
@@ -49,7 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-File = Annotated[str | None, typer.Argument(help="Experiment file or shipped name (default: quickstart).")]
+# Arguments are explained in the docstrings: click 8.5 drops the help that typer 0.20 gives them.
+File = Annotated[str | None, typer.Argument(hidden=True)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key (repeat).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -74,8 +54,11 @@ def run(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run an experiment (the quickstart if no FILE is given)."""
-    with _Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
+    """Run an experiment (the quickstart if no FILE is given).
+
+    FILE is an experiment file or the name of a shipped one (fedsim list experiments).
+    """
+    with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         with session.loading():
             from fedsim import config
             from fedsim.finish import run_experiment
@@ -86,20 +69,24 @@ def run(
         session.on_interrupt = f"interrupted; go on with: fedsim resume {made.folder}"
         if experiment.sweep:
             session.note(f"this is the base experiment; fedsim sweep {file} runs the cells of its [sweep]")
-        with _removed_if_unused(made), session.watching(experiment) as hooks:
+        with session.watching(experiment) as hooks:
             result = run_experiment(experiment, made, hooks)
         _close(session, result.run, result.summary, _next_command(made, experiment, file), as_json=as_json)
 
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    folder: RunFolder,
+    *,
     as_json: Json = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with an interrupted run."""
-    with _Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
+    """Go on with an interrupted run.
+
+    RUN is a run folder, or its name in the folder of runs.
+    """
+    with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         with session.loading():
             from fedsim import finish
 
@@ -115,7 +102,7 @@ def resume(
 
 @app.command()
 def sweep(
-    file: Annotated[str, typer.Argument(help="Experiment file or shipped name.")],
+    file: Annotated[str, typer.Argument(hidden=True)],
     *,
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Values of a key (repeat); adds to [sweep].")
@@ -129,9 +116,10 @@ def sweep(
 ) -> None:
     """Run every combination of some keys (resumable).
 
-    The same command goes on where it stopped: finished cells are not run again.
+    FILE is an experiment file or the name of a shipped one. The same command goes on where it stopped:
+    finished cells are not run again.
     """
-    with _Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
+    with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         session.on_interrupt = "interrupted; the same command goes on"
         with session.loading():
             from fedsim import config
@@ -149,11 +137,12 @@ def sweep(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", hidden=True)],
+    *,
     debug: Debug = False,
 ) -> None:
     """Show finished runs side by side."""
-    with _Session(debug=debug) as session:
+    with Session(debug=debug) as session:
         with session.loading():
             from fedsim.compare import comparison
 
@@ -163,7 +152,7 @@ def compare(
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="strategies, clients, models, tuning, ...")] = None,
+    kind: Annotated[str | None, typer.Argument(hidden=True)] = None,
     *,
     of: Annotated[str | None, typer.Option(metavar="FILE", help="Draw the split of an experiment.")] = None,
     overrides: Set = None,
@@ -171,8 +160,11 @@ def list_(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show keys, types and defaults.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List what there is (without KIND: the kinds)."""
-    with _Session(debug=debug) as session:
+    """List what there is (without KIND: the kinds).
+
+    KIND is strategies, clients, models, tuning, datasets, partitions, engines or experiments.
+    """
+    with Session(debug=debug) as session:
         with session.loading():
             from fedsim import config, listing
             from fedsim.runs import default_folder
@@ -192,14 +184,15 @@ def list_(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    folder: RunFolder,
+    *,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write (default: RUN/export).")
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a run's model as safetensors (and open_clip)."""
-    with _Session(debug=debug) as session:
+    with Session(debug=debug) as session:
         with session.loading():
             from fedsim import export as exporting
 
@@ -214,7 +207,7 @@ def export(
 @app.command()
 def doctor(debug: Debug = False) -> None:
     """Check the installation."""
-    with _Session(debug=debug) as session:
+    with Session(debug=debug) as session:
         from rich.markup import escape
 
         from fedsim.doctor import examine
@@ -239,114 +232,6 @@ def main() -> None:
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------------------- session
-
-
-class _Session:
-    """One command: where it prints, how quiet libraries are, and how errors end it.
-
-    A UserError is one line and exit code 2, Ctrl-C is exit code 130, anything else exit code 1.
-
-    Attributes:
-        on_interrupt: what Ctrl-C prints.
-    """
-
-    def __init__(self, *, debug: bool, verbose: bool = False, on_stderr: bool = False) -> None:
-        from rich.console import Console
-
-        self.debug = debug
-        self.verbose = verbose
-        self.console = Console(stderr=on_stderr)
-        self.on_interrupt = "interrupted"
-        self._quiet = ExitStack()
-
-    def __enter__(self) -> Self:
-        if not self.verbose:
-            self._quiet.enter_context(_silence())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._quiet.close()
-        if isinstance(error, KeyboardInterrupt):
-            self._say(self.on_interrupt)
-            raise typer.Exit(130) from None
-        if not isinstance(error, Exception) or isinstance(error, typer.Exit | BrokenPipeError):
-            return
-        if self.debug:
-            traceback.print_exception(error)
-        if isinstance(error, UserError):
-            self._say(f"error: {error}")
-            raise typer.Exit(2) from None
-        hint = "" if self.debug else " (use --debug for the traceback)"
-        first = str(error).splitlines()[0] if str(error) else ""
-        self._say(f"error: {type(error).__name__}: {first}{hint}")
-        raise typer.Exit(1) from None
-
-    def note(self, text: str) -> None:
-        """One line that the user should know."""
-        from rich.markup import escape
-
-        self.console.print(f"[yellow]note[/]  {escape(text)}", highlight=False, soft_wrap=True)
-
-    def facts(self, pairs: Mapping[str, str]) -> None:
-        """Aligned `label  value` lines; values are never wrapped, so that paths can be copied."""
-        from rich.markup import escape
-
-        for label, value in pairs.items():
-            self.console.print(f"[dim]{label:<10}[/]  {escape(value)}", highlight=False, soft_wrap=True)
-
-    def loading(self) -> AbstractContextManager[Any]:
-        """A sign of life while torch and Flower are imported (terminals only)."""
-        return self.console.status("[dim]loading[/]") if self.console.is_terminal else nullcontext()
-
-    @contextmanager
-    def watching(self, experiment: Experiment) -> Iterator[Sequence[Hook]]:
-        """The hooks that show a run: live on a terminal, plain lines elsewhere (and under --verbose)."""
-        from fedsim.progress import LiveHook, PlainHook
-
-        if self.console.is_terminal and not self.verbose:
-            with LiveHook(self.console, experiment.baselines) as hook:
-                yield [hook]
-        else:
-            yield [PlainHook(self._plain, experiment.baselines)]
-
-    def _plain(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No warnings and no log lines below ERROR from libraries."""
-    before = {name: logging.getLogger(name).level for name in _CHATTY}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in _CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in before.items():
-                logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _removed_if_unused(made: Run) -> Iterator[None]:
-    """A run that fails before its first round leaves no folder."""
-    import shutil
-
-    try:
-        yield
-    except Exception:
-        if not (made.folder / "metrics.jsonl").exists():
-            shutil.rmtree(made.folder, ignore_errors=True)
-        raise
-
-
 # ------------------------------------------------------------------------------- what commands share
 
 
@@ -366,18 +251,16 @@ def _open(folder: Path) -> Run:
 
 
 def _close(
-    session: _Session, finished: Run, summary: Mapping[str, Any], next_command: str, *, as_json: bool
+    session: Session, finished: Run, summary: Mapping[str, Any], next_command: str, *, as_json: bool
 ) -> None:
     """The closing table, where the files are, what to try next."""
-    from fedsim.terminal import closing_table
+    from fedsim.terminal import closing_table, plural
 
-    rounds, clients = summary["rounds"], summary["clients"]
+    size = f"{plural(summary['clients'], 'client')} · {plural(summary['rounds'], 'round')}"
     if not session.console.is_terminal:  # set apart from the lines above
         session.console.print()
-    session.console.print(
-        f"[bold]{summary['name']}[/]  [dim]{summary['strategy']} · {clients} clients · {rounds} rounds[/]",
-        highlight=False,
-    )
+    title = f"[bold]{summary['name']}[/]  [dim]{summary['strategy']} · {size}[/]"
+    session.console.print(title, highlight=False)
     session.console.print()
     session.console.print(closing_table(summary, finished.history()), highlight=False)
     session.console.print()
@@ -399,7 +282,7 @@ def _next_command(finished: Run, experiment: Experiment, file: str | None) -> st
     return f"fedsim run {file or 'quickstart'} --set {change}"
 
 
-def _run_cells(session: _Session, found: Sweep, *, debug: bool) -> list[dict[str, Any]]:
+def _run_cells(session: Session, found: Sweep, *, debug: bool) -> list[dict[str, Any]]:
     """Run a sweep, one line per cell."""
     total = len(found.cells)
     width = len(str(total))
@@ -418,7 +301,7 @@ def _run_cells(session: _Session, found: Sweep, *, debug: bool) -> list[dict[str
     return found.run(lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug)
 
 
-def _show_sweep(session: _Session, found: Sweep, results: list[dict[str, Any]]) -> None:
+def _show_sweep(session: Session, found: Sweep, results: list[dict[str, Any]]) -> None:
     """The grouped table and where the files are."""
     from fedsim.sweep import columns_of, rows_of
     from fedsim.terminal import grid

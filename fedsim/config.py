@@ -194,7 +194,8 @@ class Experiment:
         """The document as TOML text."""
         import tomli_w
 
-        return tomli_w.dumps(self.document())
+        text: str = tomli_w.dumps(self.document())
+        return text
 
     def json(self) -> str:
         """The document and its folder as one line of JSON: what travels inside every instruction."""

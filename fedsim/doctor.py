@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from fedsim.terminal import human_bytes
+from fedsim.terminal import human_bytes, plural
 
 _LEAST_FREE = 200_000_000  #: bytes below which the cache's disk is called full
 
@@ -111,8 +111,7 @@ def _flower() -> Finding:
 def _torch() -> Finding:
     import torch
 
-    count = torch.get_num_threads()
-    return Finding("torch", f"{torch.__version__}, {count} thread{'s' if count > 1 else ''}")
+    return Finding("torch", f"{torch.__version__}, {plural(torch.get_num_threads(), 'thread')}")
 
 
 def _gpu() -> Finding:

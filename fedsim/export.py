@@ -1,10 +1,10 @@
 """A run's model as files for other programs: safetensors always, an open_clip folder for a CLIP.
 
-    <out>/model.safetensors   the whole tuned model (frozen parts included), names as in the model
-          classes.json        class names in the order of the logits
-          experiment.toml     what made it
-          open_clip/          the CLIP as open_clip reads it (CLIP models only)
-          README.md           how to load all this
+<out>/model.safetensors   the whole tuned model (frozen parts included), names as in the model
+      classes.json        class names in the order of the logits
+      experiment.toml     what made it
+      open_clip/          the CLIP as open_clip reads it (CLIP models only)
+      README.md           how to load all this
 """
 
 from __future__ import annotations

@@ -96,24 +96,25 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
     from fedsim.app import client_app, make_server_app
     from fedsim.engine.simulate import simulate
 
+    inner = {name: baseline(experiment, name) for name in experiment.baselines}  # mistakes come first
     if not run.finished:
         engine = experiment["engine"]
-        simulate(
-            make_server_app(experiment, run, hooks),
-            client_app,
-            experiment.clients,
-            engine=engine.name,
-            seed=experiment.seed,
-            **engine.options,
-        )
+        with run.removed_if_unused():
+            simulate(
+                make_server_app(experiment, run, hooks),
+                client_app,
+                experiment.clients,
+                engine=engine.name,
+                seed=experiment.seed,
+                **engine.options,
+            )
     summary = run.summary()
-    for name in experiment.baselines:
+    for name, other in inner.items():
         key = f"accuracy_{name.replace('-', '_')}"
         if key not in summary:
-            inner = baseline(experiment, name)
             folder = run.folder / "baselines" / name
-            side = Run.open(folder) if folder.exists() else Run.create(inner, folder.parent)
-            summary[key] = run_experiment(inner, side, hooks).summary["accuracy"]
+            side = Run.open(folder) if folder.exists() else Run.create(other, folder.parent)
+            summary[key] = run_experiment(other, side, hooks).summary["accuracy"]
             run.write_summary(summary)
     return Result(summary, run)
 
@@ -121,7 +122,10 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
 def baseline(experiment: Experiment, name: str) -> Experiment:
     """The same experiment under another strategy: what the strategy brings along wins over the file."""
     document = experiment.document()
-    target = registry.resolve("strategies", name).target
+    try:
+        target = registry.resolve("strategies", name).target
+    except UserError as error:
+        raise UserError(f"baselines: {error}") from error
     keys = set(registry.schema(target).model_fields)
     kept = {key: value for key, value in document["strategy"].items() if key in keys}
     document |= {"name": name, "baselines": [], "strategy": {**kept, "name": name}}
@@ -138,6 +142,4 @@ def resume(folder: Path, hooks: Sequence[Hook] = ()) -> Result:
         f"accuracy_{name.replace('-', '_')}" not in run.summary() for name in experiment.baselines
     ):
         return Result(run.summary(), run)
-    if not run.finished and not run.checkpoints() and (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder} has no checkpoint to resume from; start a new run")
     return run_experiment(experiment, run, hooks)

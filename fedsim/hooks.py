@@ -65,3 +65,6 @@ class Hook:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is finished."""
+
+    def close(self) -> None:
+        """The run ended, one way or another (always called)."""

@@ -133,7 +133,9 @@ def roster(grid: Grid) -> Roster:
     return own if own is not None else _SortedNodes(tuple(sorted(grid.get_node_ids())))
 
 
-def sample_clients(available: Sequence[int], fraction: float, minimum: int, seed: int, stream: int) -> list[int]:
+def sample_clients(
+    available: Sequence[int], fraction: float, minimum: int, seed: int, stream: int
+) -> list[int]:
     """Draw clients without replacement from a stream of its own; the same everywhere for the same seed.
 
     Args:
@@ -205,7 +207,5 @@ def shapes_of(record: ArrayRecord) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def by_client(messages: Iterable[Message], who: Roster, *, replies: bool = True) -> list[tuple[int, Message]]:
     """Messages with their client, in order of partition id."""
-    pairs = [
-        (who.client(m.metadata.src_node_id if replies else m.metadata.dst_node_id), m) for m in messages
-    ]
+    pairs = [(who.client(m.metadata.src_node_id if replies else m.metadata.dst_node_id), m) for m in messages]
     return sorted(pairs, key=lambda pair: pair[0])

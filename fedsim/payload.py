@@ -67,9 +67,7 @@ class Selection:
         return self.shared + self.personal
 
 
-def select(
-    model: nn.Module, train_modules: Sequence[str], personal: Iterable[str] = ()
-) -> Selection:
+def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[str] = ()) -> Selection:
     """Split the changing state of a tuned model.
 
     Args:

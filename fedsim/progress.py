@@ -23,7 +23,7 @@ from flwr.app import Message
 
 from fedsim.config import Experiment
 from fedsim.hooks import Hook, Round
-from fedsim.terminal import grid, human_bytes, human_seconds, human_traffic, sparkline
+from fedsim.terminal import grid, human_bytes, human_seconds, human_traffic, plural, sparkline
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -80,8 +80,7 @@ class _Board:
 
 def _board(experiment: Experiment, first_round: int) -> _Board:
     sections = [experiment[name].name for name in ("strategy", "model", "tuning")]
-    count = experiment.clients
-    details = " · ".join([*sections, f"{count} client{'s' if count > 1 else ''}"])
+    details = " · ".join([*sections, plural(experiment.clients, "client")])
     return _Board(experiment.name, details, experiment.rounds, done=max(0, first_round - 1))
 
 
@@ -136,7 +135,7 @@ class PlainHook(_Watcher):
         super().start(experiment, first_round, cohort)
         board = self._boards[-1]
         if not self._is_baseline(board):
-            self.write(f"{board.title}: {board.details} · {board.rounds} rounds")
+            self.write(f"{board.title}: {board.details} · {plural(board.rounds, 'round')}")
 
     def round(self, result: Round) -> None:
         super().round(result)
@@ -172,7 +171,7 @@ def round_line(result: Round, rounds: int) -> str:
         parts.append(f"training loss {result.train_loss:.4f}")
     if result.number > 0:
         refused = f" ({result.refused} refused)" if result.refused else ""
-        parts += [f"{result.clients} clients{refused}", f"up {human_bytes(result.bytes_up)}"]
+        parts += [f"{plural(result.clients, 'client')}{refused}", f"up {human_bytes(result.bytes_up)}"]
     return "  ".join([*parts, human_seconds(result.seconds)])
 
 

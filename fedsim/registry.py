@@ -119,7 +119,7 @@ def _user_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]
 
 
 def _function(target: Callable[..., Any]) -> Callable[..., Any]:
-    return target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    return vars(target).get("__init__", target.__init__) if inspect.isclass(target) else target
 
 
 def _is_toml(annotation: Any) -> bool:
@@ -146,7 +146,9 @@ def schema(target: Callable[..., Any], *, name: str = "options") -> type[BaseMod
     }
     return create_model(
         name,
-        __config__=ConfigDict(extra="forbid", strict=True, protected_namespaces=(), arbitrary_types_allowed=True),
+        __config__=ConfigDict(
+            extra="forbid", strict=True, protected_namespaces=(), arbitrary_types_allowed=True
+        ),
         **fields,
     )
 

@@ -74,19 +74,15 @@ class Loop:
         if self.on_clients and evaluation["patience"]:
             raise UserError(
                 "[evaluation] patience needs the validation split, which the server measures: "
-                "set evaluation.where = \"server\" or patience = 0"
+                'set evaluation.where = "server" or patience = 0'
             )
         if evaluation["patience"] and not len(task.data.validation):
             raise UserError("[evaluation] patience needs a validation split: set evaluation.validation = 0.1")
 
     # ---------------------------------------------------------------------------- the loop
 
-    def execute(self) -> tuple[Progress, bool]:
-        """Run to the end, from the newest checkpoint if the folder has one.
-
-        Returns:
-            The final progress, and whether the run stopped before its last round.
-        """
+    def execute(self) -> Progress:
+        """Run to the end, from the newest checkpoint if the folder has one; returns the final progress."""
         require_clients(self.strategy, self.experiment.clients)
         progress = self._begin()
         self._tell("start", self.experiment, progress.server_round + 1, self._cohort())
@@ -108,16 +104,17 @@ class Loop:
             last = last or self._stopped(progress)
             due = last or number % self.experiment.settings["checkpoints"]["every"] == 0
             self._close(progress, record, started, due=due)
-        return progress, progress.server_round < rounds
+        return progress
 
     def _train(self, progress: Progress, number: int) -> Round:
         config = self._config(number)
         out = list(self.strategy.configure_train(number, progress.arrays, config, self.grid))
         replies = self._exchange("train", number, out, progress)
-        failed = {self._who(m): m.error.reason for m in replies if m.has_error()}
+        failed = {self._who(m): m.error.reason or "" for m in replies if m.has_error()}
         if out and len(failed) == len(replies):
-            reason = next(iter(failed.values()), "no reply arrived in time")
-            raise NotEnoughReplies(f"round {number}: no client could train; the first says: {reason}")
+            reason = next(iter(failed.values()), None) or "no reply arrived in time"
+            said = f"round {number}: no client could train; the first says: {_first_line(reason)}"
+            raise NotEnoughReplies(said) from RuntimeError(reason)  # --debug shows the client's traceback
         arrays, metrics = self.strategy.aggregate_train(number, replies)
         if arrays is not None:
             progress.arrays = payload.conform(arrays, self.task.selection.shared)
@@ -134,7 +131,9 @@ class Loop:
 
     def _evaluate(self, progress: Progress, number: int, record: Round | None = None) -> Round:
         record = record or Round(number)
-        metrics = self._client_metrics(progress, number) if self.on_clients else self._server_metrics(progress)
+        metrics = (
+            self._client_metrics(progress, number) if self.on_clients else self._server_metrics(progress)
+        )
         record.accuracy, record.loss = metrics.pop("accuracy", None), metrics.pop("loss", None)
         record.extra.update(metrics)
         progress.last = {"accuracy": record.accuracy or 0.0, "loss": record.loss or 0.0}
@@ -163,7 +162,7 @@ class Loop:
         if not out:
             raise UserError(
                 "clients are to evaluate but the strategy asks none; set strategy.fraction_evaluate above 0 "
-                "or evaluation.where = \"server\""
+                'or evaluation.where = "server"'
             )
         replies = self._exchange("evaluate", number, out, progress)
         self.strategy.aggregate_evaluate(number, replies)
@@ -178,9 +177,7 @@ class Loop:
                 found[f"{key}_worst"] = float(values.min() if key == "accuracy" else values.max())
         return found
 
-    def _exchange(
-        self, phase: str, number: int, out: Sequence[Message], progress: Progress
-    ) -> list[Message]:
+    def _exchange(self, phase: str, number: int, out: Sequence[Message], progress: Progress) -> list[Message]:
         """Send messages, count their bytes, tell the hooks of every reply as it arrives."""
         self._tell("sent", number, phase, len(out))
         sizes: dict[int, int] = {}
@@ -216,7 +213,9 @@ class Loop:
             {
                 messages.ROUND: number,
                 messages.SEED: self.experiment.seed,
-                messages.LR_SCALE: lr_scale(self.experiment.settings["schedule"], number, self.experiment.rounds),
+                messages.LR_SCALE: lr_scale(
+                    self.experiment.settings["schedule"], number, self.experiment.rounds
+                ),
                 messages.EXPERIMENT: self.experiment.json(),
                 messages.FROZEN: self.task.frozen_digest,
                 messages.CODE: code_digest(),
@@ -248,6 +247,9 @@ class Loop:
             self.run.truncate(progress.server_round)
         else:
             progress = Progress(server_round=-1, arrays=self.task.initial_payload())
+            if self.run.history():
+                self._tell("notice", "no checkpoint to resume from: starting again at round 0")
+                self.run.truncate(-1)
         for text in notices:
             self._tell("notice", text)
         return progress
@@ -311,4 +313,3 @@ def lr_scale(schedule: dict[str, Any] | Any, server_round: int, rounds: int) -> 
 
 def _first_line(text: str) -> str:
     return text.splitlines()[0] if text else text
-

@@ -1,20 +1,22 @@
 """The run folder: everything that a finished or interrupted experiment leaves.
 
-    runs/quickstart/
-        experiment.toml     the complete experiment, all defaults filled in
-        metrics.jsonl       one line a round
-        clients.jsonl       one line per client and round
-        checkpoints/        round-00007.safetensors ...
-        tensorboard/        event files
-        summary.json        the closing object (only of a finished run)
+runs/quickstart/
+    experiment.toml     the complete experiment, all defaults filled in
+    metrics.jsonl       one line a round
+    clients.jsonl       one line per client and round
+    checkpoints/        round-00007.safetensors ...
+    tensorboard/        event files
+    summary.json        the closing object (only of a finished run)
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,16 +57,19 @@ class Run:
         if overwrite and base.exists():
             with Run(base).lock():
                 shutil.rmtree(base)
+        # made whole under another name, so that nobody ever sees half a run folder
+        made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{experiment.name}."))
+        (made / "experiment.toml").write_text(experiment.toml(), "utf-8")
+        (made / "origin.json").write_text(json.dumps({"folder": experiment.folder}), "utf-8")
+        made.chmod(0o755)
         for folder in _names(base):
             try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            run = cls(folder)
-            document = {"folder": experiment.folder} if experiment.folder else {}
-            write_atomic(folder / "origin.json", json.dumps(document).encode())
-            write_atomic(folder / "experiment.toml", experiment.toml().encode())
-            return run
+                made.rename(folder)  # fails where a folder with contents is
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                return cls(folder)
         raise AssertionError("unreachable")
 
     @classmethod
@@ -87,6 +92,16 @@ class Run:
                 loaded.given, source=str(self.folder / "experiment.toml"), folder=origin["folder"]
             )
         return loaded
+
+    @contextmanager
+    def removed_if_unused(self) -> Iterator[None]:
+        """A run that fails before its first round leaves no folder."""
+        try:
+            yield
+        except Exception:
+            if not (self.folder / "metrics.jsonl").exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -146,7 +161,7 @@ class Run:
 
     def latest_checkpoint(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest checkpoint that can be read, and notices about those that cannot."""
-        notices = []
+        notices: list[str] = []
         for path in reversed(self.checkpoints()):
             try:
                 return load(path), notices
@@ -216,8 +231,12 @@ class FolderHook(Hook):
                 self._board.add_scalar(name, value, result.number)
         self._board.flush()
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._board.close()
+    def close(self) -> None:
+        # replies of a round that was cut off: their errors say why
+        _append(self.run.folder / "clients.jsonl", self._clients)
+        self._clients = []
+        if self._board is not None:
+            self._board.close()
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -53,7 +53,7 @@ def constructor_arguments(kind: type) -> set[str]:
         name
         for cls in kind.__mro__
         if "__init__" in vars(cls)
-        for name in inspect.signature(cls.__init__).parameters
+        for name in inspect.signature(vars(cls)["__init__"]).parameters
     }
 
 

@@ -205,7 +205,9 @@ class Sweep:
         parent = self.folder / "cells"
         name = cell.experiment.name
         try:
-            run = Run.open(parent / name) if (parent / name).exists() else Run.create(cell.experiment, parent)
+            run = Run(parent / name)
+            if not (run.folder / "experiment.toml").is_file():  # not there, or interrupted while it was made
+                run = Run.create(cell.experiment, parent, overwrite=True)
             with watch(cell) as hooks:
                 summary = run_experiment(cell.experiment, run, hooks).summary
         except Exception as error:

@@ -33,6 +33,11 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def human_traffic(up: float, down: float) -> str:
     """Bytes sent by clients and to clients."""
     return f"↑ {human_bytes(up)}  ↓ {human_bytes(down)}"

@@ -1,10 +1,10 @@
 """Toy clients and a grid, so that a strategy's unit test runs in milliseconds and needs no model.
 
-    def shift(client, arrays, config):                      # what a toy client answers
-        return {"w": arrays["w"] + client}, {"num-examples": 10 * (client + 1), "loss": 0.0}
+def shift(client, arrays, config):                      # what a toy client answers
+    return {"w": arrays["w"] + client}, {"num-examples": 10 * (client + 1), "loss": 0.0}
 
-    played = play(MyStrategy(), {"w": np.zeros(3, np.float32)}, shift, clients=4, rounds=2)
-    played.arrays["w"], played.metrics, played.cohorts
+played = play(MyStrategy(), {"w": np.zeros(3, np.float32)}, shift, clients=4, rounds=2)
+played.arrays["w"], played.metrics, played.cohorts
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Played:
     history: list[Arrays] = field(default_factory=list)  #: the shared state after every round
 
 
-def average_of_ones(client: int, arrays: Arrays, config: Mapping[str, Any]) -> tuple[Arrays, dict[str, float]]:
+def average_of_ones(
+    client: int, arrays: Arrays, config: Mapping[str, Any]
+) -> tuple[Arrays, dict[str, float]]:
     """A toy answer: adds 1 to every floating entry; client k trained on 10·(k+1) examples."""
     moved = {k: v + np.ones((), v.dtype) if v.dtype.kind == "f" else v for k, v in arrays.items()}
     return moved, {messages.EXAMPLES: 10 * (client + 1), "loss": 1.0 / (client + 1)}

@@ -12,12 +12,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsim import messages, payload
-from fedsim._flwr import Run
+from fedsim import _flwr, messages, payload
 from fedsim.engine.grid import DEFAULT_TIMEOUT
 from fedsim.errors import UserError
 from fedsim.version import code_digest
@@ -47,7 +47,11 @@ class NodeMap:
 
     def client(self, node: int) -> int:
         """Partition id of a node."""
-        return next(c for c, n in self.nodes.items() if n == node)
+        return self._clients[node]
+
+    @cached_property
+    def _clients(self) -> dict[int, int]:
+        return {node: client for client, node in self.nodes.items()}
 
 
 class WireGrid(Grid):
@@ -66,12 +70,12 @@ class WireGrid(Grid):
         self.roster = NodeMap({})
         self.roster = NodeMap(self._hello(clients))
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: _flwr.Run) -> None:
         """Set the run of the wrapped grid."""
         self.inner.set_run(run)
 
     @property
-    def run(self) -> Run:
+    def run(self) -> _flwr.Run:
         """The run of the wrapped grid."""
         return self.inner.run
 
@@ -98,14 +102,16 @@ class WireGrid(Grid):
         """Pull and unpack."""
         return [_unpacked(message) for message in self.inner.pull_messages(message_ids)]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push messages and wait for their replies, at most `timeout` seconds (default one hour)."""
         deadline = time.monotonic() + (DEFAULT_TIMEOUT if timeout is None else timeout)
-        waiting = set(self.push_messages(messages))
+        waiting = dict.fromkeys(self.push_messages(messages))
         replies: list[Message] = []
         while waiting and time.monotonic() < deadline:
             for reply in self.pull_messages(list(waiting)):
-                waiting.discard(reply.metadata.reply_to_message_id)
+                waiting.pop(reply.metadata.reply_to_message_id, None)
                 replies.append(reply)
                 if self.on_reply is not None:
                     self.on_reply(reply)
@@ -126,7 +132,7 @@ class WireGrid(Grid):
             if isinstance(config, ConfigRecord) and self.roster.nodes:
                 who = self.roster.client(message.metadata.dst_node_id)
                 own[messages.CONFIG] = ConfigRecord({**config, messages.PARTITION: who})
-            ready.append(Message(own, metadata=message.metadata))
+            ready.append(_flwr.with_content(message, own))
         return ready
 
     # ------------------------------------------------------------------------------- hello
@@ -150,7 +156,7 @@ class WireGrid(Grid):
             said = messages.config_of(reply)
             if said[messages.CODE] != code_digest():
                 raise UserError(
-                    f"node {node} runs fedsim {said[messages.CODE]}, the server {code_digest()}; "
+                    f"node {node} runs fedsim {said[messages.CODE]!s}, the server {code_digest()}; "
                     "install the same version on both"
                 )
             who = int(said[messages.PARTITION])  # type: ignore[arg-type]
@@ -178,7 +184,7 @@ class WireGrid(Grid):
         if len(nodes) != clients:
             raise UserError(
                 f"{len(nodes)} nodes are connected but the experiment has partition.clients = {clients}; "
-                f"simulation: flwr run . --federation-config \"num-supernodes={clients}\"; "
+                f'simulation: flwr run . --federation-config "num-supernodes={clients}"; '
                 f"real nodes: start {clients} SuperNodes or override partition.clients={len(nodes)}"
             )
         return nodes
@@ -187,4 +193,4 @@ class WireGrid(Grid):
 def _unpacked(message: Message) -> Message:
     if message.has_error():
         return message
-    return Message(payload.unpack(message.content), metadata=message.metadata)
+    return _flwr.with_content(message, payload.unpack(message.content))

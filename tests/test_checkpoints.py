@@ -23,7 +23,9 @@ def tree() -> dict[str, object]:
         "scalar": np.float32(0.1),
         "zero-d": np.array(3),
         "list": [1, (2, np.zeros((2, 0)))],
-        "clients": {7: RecordDict({"p.q": arrays_of({"w.ü": np.arange(3.0)}), "m": MetricRecord({"n": [1, 2]})})},
+        "clients": {
+            7: RecordDict({"p.q": arrays_of({"w.ü": np.arange(3.0)}), "m": MetricRecord({"n": [1, 2]})})
+        },
         "config": ConfigRecord({"a": "b", "c": b"d"}),
         "empty": {},
     }

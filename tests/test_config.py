@@ -41,7 +41,7 @@ def test_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("partition.clients=0", "greater than or equal to 1"),
         ("rounds=ten", "rounds: input should be a valid integer"),
         ("rounds=1.5", "rounds: input should be"),
-        ("client.lr=\"fast\"", "lr: input should be a valid number"),
+        ('client.lr="fast"', "lr: input should be a valid number"),
         ("client.optimizer=sdg", "optimizer: input should be 'sgd' or 'adamw'"),
         ("client.epochs=true", "epochs: input should be"),
         ("sedd=3", "unknown key or section 'sedd': did you mean 'seed'"),
@@ -72,7 +72,9 @@ def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
 
 
 def test_overrides_are_toml_and_bare_words() -> None:
-    loaded = config.load("quickstart", ["rounds=3", "client.lr=1e-3", "tuning.name=full", "partition.clients=4"])
+    loaded = config.load(
+        "quickstart", ["rounds=3", "client.lr=1e-3", "tuning.name=full", "partition.clients=4"]
+    )
     assert loaded.rounds == 3
     assert loaded["client"].options["lr"] == 1e-3
     assert loaded["tuning"].name == "full"

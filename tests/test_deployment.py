@@ -107,7 +107,9 @@ class Federation:
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     made = Federation(tmp_path_factory.mktemp("federation"))
     try:
-        made.start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(made.port))
+        made.start(
+            "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(made.port)
+        )
         made.wait_healthy()
         # the first node does not say which partition it is: the server gives it the free one
         for name, node_config in (("node-a", None), ("node-b", "partition-id=0 num-partitions=2")):
@@ -201,5 +203,9 @@ def test_compose_run_submits_to_the_superlink_of_the_image() -> None:
     assert "docker/submit.py /app compose" in service["command"]
     assert known["compose"]["address"] == "superlink:8000"
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
-    for switch in ("TELEMETRY_ENABLED=0", "DISABLE_UPDATE_CHECK=1", "DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"):
+    for switch in (
+        "TELEMETRY_ENABLED=0",
+        "DISABLE_UPDATE_CHECK=1",
+        "DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1",
+    ):
         assert switch in dockerfile

@@ -64,7 +64,9 @@ def test_packing_is_exact_and_makes_one_array_per_dtype(half: bool) -> None:
     net = Net()
     selection = payload.select(net, ("",))
     record = payload.to_record(net.state_dict(), selection.shared)
-    content = RecordDict({"arrays": record, "metrics": MetricRecord({"a": 1}), "config": ConfigRecord({"b": "x"})})
+    content = RecordDict(
+        {"arrays": record, "metrics": MetricRecord({"a": 1}), "config": ConfigRecord({"b": "x"})}
+    )
     names = frozenset(e.name for e in selection.shared if e.dtype == "bfloat16") if half else frozenset()
     packed = payload.pack(content, names)
     assert len(packed["arrays"]) == (3 if half else 2)
@@ -82,7 +84,9 @@ def test_packing_is_exact_and_makes_one_array_per_dtype(half: bool) -> None:
 
 def test_packed_description_is_small() -> None:
     """Two hundred names of a Transformer cost about a kilobyte, not eight."""
-    values = {f"backbone.transformer.resblocks.{i}.attn.in_proj_bias": np.zeros(4, np.float32) for i in range(200)}
+    values = {
+        f"backbone.transformer.resblocks.{i}.attn.in_proj_bias": np.zeros(4, np.float32) for i in range(200)
+    }
     packed = payload.pack(RecordDict({"arrays": messages.arrays_of(values)}))
     assert len(packed["layout"]["layout"]) < 1500  # type: ignore[index]
 
@@ -126,7 +130,9 @@ def test_digests_tell_names_shapes_dtypes_and_values_apart() -> None:
     ]
     digests = {payload.digest(x) for x in [base, *others]}
     assert len(digests) == 6
-    assert payload.digest({"x": base["a"], "y": base["a"]}) == payload.digest({"y": base["a"], "x": base["a"]})
+    assert payload.digest({"x": base["a"], "y": base["a"]}) == payload.digest(
+        {"y": base["a"], "x": base["a"]}
+    )
     net = Net()
     changing = payload.select(net, ()).changing
     first = payload.frozen_digest(net, changing)

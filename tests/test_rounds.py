@@ -157,9 +157,7 @@ def test_summary_and_bytes_are_counted_from_what_is_sent(tmp_path: Path) -> None
 
 
 def test_early_stop_on_the_validation_split_returns_its_best_state(tmp_path: Path) -> None:
-    experiment = tiny(
-        "rounds=30", "client.lr=2.0", "evaluation.validation=0.2", "evaluation.patience=2"
-    )
+    experiment = tiny("rounds=30", "client.lr=2.0", "evaluation.validation=0.2", "evaluation.patience=2")
     result = run(experiment, tmp_path)
     history = result.history
     assert result.summary["rounds"] < 30
@@ -224,6 +222,8 @@ def test_schedules_are_functions_of_the_global_round() -> None:
     assert [lr_scale(base, r, 4) for r in (1, 4)] == [1.0, 1.0]
     cosine = [lr_scale({**base, "kind": "cosine"}, r, 4) for r in (1, 2, 3, 4)]
     assert cosine == pytest.approx([1.0, 0.5 * (1 + 2**-0.5), 0.5, 0.5 * (1 - 2**-0.5)])
-    assert [lr_scale({**base, "kind": "linear", "final": 0.2}, r, 4) for r in (1, 3)] == pytest.approx([1.0, 0.6])
+    assert [lr_scale({**base, "kind": "linear", "final": 0.2}, r, 4) for r in (1, 3)] == pytest.approx(
+        [1.0, 0.6]
+    )
     assert [lr_scale({**base, "kind": "step"}, r, 6) for r in range(1, 7)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert [lr_scale({**base, "warmup": 3}, r, 9) for r in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]

@@ -20,7 +20,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -49,7 +49,9 @@ class FixedRoster:
         """Partition id of a node."""
         client = node - FIRST_NODE
         if not 0 <= client < self.size:
-            raise ValueError(f"there is no node {node}; nodes are {FIRST_NODE} to {FIRST_NODE + self.size - 1}")
+            raise ValueError(
+                f"there is no node {node}; nodes are {FIRST_NODE} to {FIRST_NODE + self.size - 1}"
+            )
         return client
 
 
@@ -118,7 +120,9 @@ class BaseGrid(Grid):
         wanted = [self._pending.pop(i) for i in message_ids if i in self._pending]
         return self._replies(wanted, None)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Run messages and return their replies; after `timeout` seconds the missing ones are left out."""
         return self._replies(self._accept(messages), timeout)
 
@@ -152,7 +156,10 @@ class BaseGrid(Grid):
         for record in message.content.config_records.values():
             server_round = record.get(messages.ROUND, server_round)
         return derive_seed(
-            self.seed, server_round, message.metadata.message_type, self.roster.client(message.metadata.dst_node_id)
+            self.seed,
+            server_round,
+            message.metadata.message_type,
+            self.roster.client(message.metadata.dst_node_id),
         )
 
 
@@ -193,7 +200,7 @@ def answer(
         state=_flwr.private_copy(before),
         run_config=dict(run_config),
     )
-    delivered = Message(_flwr.private_copy(message.content), metadata=message.metadata)
+    delivered = _flwr.with_content(message, _flwr.private_copy(message.content))
     try:
         reply = client_app(delivered, context)
         if not isinstance(reply, Message):
@@ -209,8 +216,3 @@ def answer(
 def is_empty(state: RecordDict) -> bool:
     """True when a client keeps nothing."""
     return not any(len(record) for record in state.values())
-
-
-def config_copy(record: ConfigRecord) -> dict[str, Any]:
-    """The values of a config record as a plain dict."""
-    return dict(record.items())

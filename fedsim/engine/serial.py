@@ -45,7 +45,12 @@ class SerialGrid(BaseGrid):
             with process_restored(self.threads):
                 seed_everything(self.seed_of(message))
                 reply, state = answer(
-                    self.client_app, message, client, self.roster.size, self.states.get(client), self.run_config
+                    self.client_app,
+                    message,
+                    client,
+                    self.roster.size,
+                    self.states.get(client),
+                    self.run_config,
                 )
             if is_empty(state):
                 self.states.pop(client, None)

@@ -186,7 +186,9 @@ def test_a_step_runs_on_meta_tensors() -> None:
     task = build(tiny(model={"name": "cnn"}))
     task.model.to("meta")
     loss = back_propagation(
-        task, torch.zeros(4, 1, 8, 8, dtype=torch.uint8, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+        task,
+        torch.zeros(4, 1, 8, 8, dtype=torch.uint8, device="meta"),
+        torch.zeros(4, dtype=torch.int64, device="meta"),
     )
     assert loss.is_meta
     assert all(p.grad is not None and p.grad.is_meta for p in task.model.parameters())
@@ -202,11 +204,16 @@ def test_an_unknown_action_is_an_error_reply() -> None:
     def main(grid: Grid, context: Context) -> None:
         config = ConfigRecord(
             {
-                messages.ROUND: 1, messages.EXPERIMENT: experiment.json(),
-                messages.FROZEN: task.frozen_digest, messages.CODE: code_digest(),
+                messages.ROUND: 1,
+                messages.EXPERIMENT: experiment.json(),
+                messages.FROZEN: task.frozen_digest,
+                messages.CODE: code_digest(),
             }  # fmt: skip
         )
-        out = [Message(RecordDict({"config": config}), dst_node_id=n, message_type="query.nothing") for n in grid.get_node_ids()]
+        out = [
+            Message(RecordDict({"config": config}), dst_node_id=n, message_type="query.nothing")
+            for n in grid.get_node_ids()
+        ]
         answers.extend(grid.send_and_receive(out))
 
     simulate(app, client_app, 4)

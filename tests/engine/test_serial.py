@@ -61,7 +61,9 @@ def values(replies: list[Message], key: str) -> list[float]:
 
 
 def test_nodes_are_a_function_of_the_partition() -> None:
-    app = query_app(lambda m, c: {"who": c.node_config["partition-id"], "of": c.node_config["num-partitions"]})
+    app = query_app(
+        lambda m, c: {"who": c.node_config["partition-id"], "of": c.node_config["num-partitions"]}
+    )
     replies = ask(app, 5)[0]
     assert values(replies, "who") == [0, 1, 2, 3, 4]
     assert set(values(replies, "of")) == {5}

@@ -1,0 +1,134 @@
+"""What every command has: a console, quiet libraries, and errors that end in one line.
+
+Nothing heavy is imported here: the command line imports this module before it knows the command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+from fedsim.errors import UserError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from fedsim.config import Experiment
+    from fedsim.hooks import Hook
+
+# Read by libraries when they are imported: no telemetry, no progress bars, no fork warnings.
+for _switch, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}.items():
+    os.environ.setdefault(_switch, _value)
+
+_CHATTY = ("ray", "torch", "datasets", "transformers", "matplotlib", "tensorboard")
+
+
+class Session:
+    """One command: where it prints, how quiet libraries are, and how errors end it.
+
+    A UserError is one line and exit code 2, Ctrl-C is exit code 130, anything else exit code 1.
+
+    Attributes:
+        on_interrupt: what Ctrl-C prints.
+    """
+
+    def __init__(self, *, debug: bool, verbose: bool = False, on_stderr: bool = False) -> None:
+        from rich.console import Console
+
+        self.debug = debug
+        self.verbose = verbose
+        self.console = Console(stderr=on_stderr)
+        self.on_interrupt = "interrupted"
+        self._quiet = ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self.verbose:
+            self._quiet.enter_context(_silence())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._quiet.close()
+        if isinstance(error, KeyboardInterrupt):
+            self._say(self.on_interrupt)
+            raise typer.Exit(130) from None
+        if not isinstance(error, Exception) or isinstance(error, typer.Exit | BrokenPipeError):
+            return
+        if self.debug:
+            traceback.print_exception(error)
+        if isinstance(error, UserError):
+            self._say(f"error: {error}")
+            raise typer.Exit(2) from None
+        hint = "" if self.debug else " (use --debug for the traceback)"
+        first = str(error).splitlines()[0] if str(error) else ""
+        self._say(f"error: {type(error).__name__}: {first}{hint}")
+        raise typer.Exit(1) from None
+
+    def note(self, text: str) -> None:
+        """One line that the user should know."""
+        from rich.markup import escape
+
+        self.console.print(f"[yellow]note[/]  {escape(text)}", highlight=False, soft_wrap=True)
+
+    def facts(self, pairs: Mapping[str, str]) -> None:
+        """Aligned `label  value` lines; values are never wrapped, so that paths can be copied."""
+        from rich.markup import escape
+
+        for label, value in pairs.items():
+            self.console.print(f"[dim]{label:<10}[/]  {escape(value)}", highlight=False, soft_wrap=True)
+
+    def loading(self) -> AbstractContextManager[Any]:
+        """A sign of life while torch and Flower are imported (terminals only)."""
+        return self.console.status("[dim]loading[/]") if self.console.is_terminal else nullcontext()
+
+    @contextmanager
+    def watching(self, experiment: Experiment) -> Iterator[Sequence[Hook]]:
+        """The hooks that show a run: live on a terminal, plain lines elsewhere (and under --verbose)."""
+        from fedsim import _flwr
+        from fedsim.progress import LiveHook, PlainHook
+
+        with _flwr.quiet(not self.verbose):
+            if self.console.is_terminal and not self.verbose:
+                with LiveHook(self.console, experiment.baselines) as hook:
+                    yield [hook]
+            else:
+                yield [PlainHook(self._plain, experiment.baselines)]
+
+    def _plain(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and no log lines below ERROR from libraries."""
+    before = {name: logging.getLogger(name).level for name in _CHATTY}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)

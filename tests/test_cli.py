@@ -1,0 +1,258 @@
+"""The command line: results, mistakes (one line, exit code 2, no traceback), quiet and fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedsim.cli import app
+from fedsim.runs import Run
+from tests.helpers import tiny
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny("rounds=2").toml())
+    return path
+
+
+@pytest.fixture
+def fedsim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSIM_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_run_shows_the_result_and_what_to_try_next(fedsim: Invoke, file: Path, tmp_path: Path) -> None:
+    result = fedsim("run", file, "--set", "rounds=3", "--set", 'baselines=["local-only"]', "--name", "mine")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 or any(str(tmp_path) in line for line in lines)
+    assert "round 3/3  accuracy" in result.stdout
+    assert "local-only mean" in result.stdout
+    run = Run.open(tmp_path / "runs" / "mine")
+    summary = run.summary()
+    assert f"{summary['accuracy_start']:.3f} → {summary['accuracy']:.3f}" in result.stdout
+    assert f"run folder  {run.folder}" in result.stdout
+    assert f"next        fedsim run {file} --set " in result.stdout
+
+
+def test_json_is_the_last_line_of_stdout_and_the_summary(fedsim: Invoke, file: Path, tmp_path: Path) -> None:
+    result = fedsim("run", file, "--json")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1
+    assert json.loads(lines[-1]) == Run.open(tmp_path / "runs" / "tiny").summary()
+    assert "round 2/2" in result.stderr
+
+
+def test_a_taken_name_gets_a_suffix_or_is_overwritten(fedsim: Invoke, file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    for _ in range(2):
+        fedsim("run", file, "--folder", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["tiny", "tiny-2"]
+    before = (folder / "tiny" / "summary.json").stat().st_mtime_ns
+    assert fedsim("run", file, "--folder", folder, "--overwrite").exit_code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["tiny", "tiny-2"]
+    assert (folder / "tiny" / "summary.json").stat().st_mtime_ns > before
+
+
+MISTAKES = {
+    "client.lrr=1": ["unknown key 'lrr' in [client]", "did you mean 'lr'?"],
+    "clinet.lr=1": ["unknown key or section 'clinet'", "did you mean 'client'?"],
+    "strategy.name=fedtun": ["[strategy]", "did you mean 'fedtune'?", "fedsim list strategies"],
+    "data.name=digit": ["[data]", "did you mean 'digits'?"],
+    "tuning.name=bais": ["[tuning]", "did you mean 'bias'?"],
+    "tuning.name=norm": ["selects no parameter", "[tuning] name", "'full'"],
+    "rounds=x": ["rounds", "integer", "'x'"],
+    "client.lr=-1": ["[client] lr", "greater than 0", "-1"],
+    "partition.clients=2000": ["[partition] clients = 2000", "give at most 747"],
+    "partition.shots=5000": ["[partition] shots = 5000", "give at most"],
+    "partition.name=dirichlet": ["[partition] alpha is missing", "--set partition.alpha"],
+    "partition.name=dirichlet;partition.alpha=0": ["[partition] alpha", "greater than 0"],
+    "data.name=npz:none.npz": ["no file", "none.npz"],
+    "strategy.name=flwr-fedavg;strategy.min_available_nodes=50": ["min_available_nodes = 50", "to 4 or less"],
+    "strategy.min_clients=9": ["min_clients = 9", "raise partition.clients"],
+    "baselines=['fedtun']": ["baseline", "did you mean 'fedtune'?"],
+    "lr": ["expected KEY=VALUE", "--set client.lr=0.01"],
+    "name='a b'": ["name 'a b'", "letters"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_the_fix(mistake: str, fedsim: Invoke, file: Path, tmp_path: Path) -> None:
+    sets = [part for override in mistake.split(";") for part in ("--set", override)]
+    result = fedsim("run", file, *sets)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    for part in MISTAKES[mistake]:
+        assert part in result.stderr
+    runs = tmp_path / "runs"
+    assert not runs.exists() or not list(runs.iterdir()), "a run that never began leaves a folder"
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        (["run", "nowhere.toml"], ["no experiment file 'nowhere.toml'", "quickstart"]),
+        (["resume", "nothing"], ["nothing is no run folder"]),
+        (["compare", "nothing"], ["nothing is no run folder"]),
+        (["export", "nothing"], ["nothing is no run folder"]),
+        (["list", "strategy"], ["unknown kind 'strategy'", "did you mean 'strategies'?"]),
+        (["list", "models", "--of", "tiny.toml"], ["fedsim list partitions --of tiny.toml"]),
+        (["sweep", "tiny.toml"], ["nothing to sweep over", "--grid seed=0,1,2"]),
+        (["sweep", "tiny.toml", "--grid", "seed"], ["--grid seed", "KEY=VALUE,VALUE"]),
+        (["sweep", "tiny.toml", "--grid", "client.lrr=1,2"], ["cell client.lrr=1", "did you mean 'lr'?"]),
+        (["sweep", "tiny.toml", "--grid", "seed=0", "--name", "a/b"], ["--name a/b"]),
+    ],
+)
+def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim: Invoke, file: Path) -> None:
+    result = fedsim(*command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_debug_shows_the_traceback(fedsim: Invoke, file: Path) -> None:
+    result = fedsim("run", file, "--set", "rounds=x", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+
+
+def test_an_unexpected_error_is_one_line(fedsim: Invoke, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("by design\nsecond line")
+
+    monkeypatch.setattr("fedsim.finish.run_experiment", broken)
+    result = fedsim("run", file)
+    assert result.exit_code == 1
+    assert result.stderr == "error: ZeroDivisionError: by design (use --debug for the traceback)\n"
+
+
+def test_clients_that_fail_are_named(fedsim: Invoke, file: Path, tmp_path: Path) -> None:
+    result = fedsim("run", file, "--set", "client.name=tests.broken_client:make")
+    assert result.exit_code == 2
+    assert "the battery is empty" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not Run.open(tmp_path / "runs" / "tiny").finished  # kept: the run can be resumed
+
+
+def test_resume_finishes_a_run_and_says_when_it_is_finished(
+    fedsim: Invoke, file: Path, tmp_path: Path
+) -> None:
+    whole = json.loads(fedsim("run", file, "--json", "--name", "whole").stdout)
+    folder = tmp_path / "runs" / "whole"
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "round-00002.safetensors").unlink()
+    again = json.loads(fedsim("resume", "whole", "--json").stdout)  # found by its name, too
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    result = fedsim("resume", folder)
+    assert result.exit_code == 0
+    assert "finished already" in result.stdout
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
+    fedsim: Invoke, file: Path, tmp_path: Path
+) -> None:
+    whole = json.loads(fedsim("run", file, "--json").stdout)
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "summary.json").unlink()
+    newest = folder / "checkpoints" / "round-00002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    result = fedsim("resume", folder, "--json")
+    assert "round-00002.safetensors: damaged" in result.stderr
+    assert "using the checkpoint before it" in result.stderr
+    assert json.loads(result.stdout)["digest"] == whole["digest"]
+
+
+def test_a_checkpoint_of_another_experiment_is_refused(fedsim: Invoke, file: Path, tmp_path: Path) -> None:
+    fedsim("run", file)
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "summary.json").unlink()
+    recorded = folder / "experiment.toml"
+    recorded.write_text(recorded.read_text().replace("seed = 0", "seed = 1"))
+    result = fedsim("resume", folder)
+    assert result.exit_code == 2
+    assert "belongs to another experiment" in result.stderr
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from fedsim.cli import main; main()"]
+    environment = {**os.environ, "FEDSIM_RUNS": str(tmp_path / "runs")}
+    process = subprocess.Popen(
+        [*command, "run", str(file), "--set", "rounds=100000"],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "runs" / "tiny"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("checkpoints/round-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == f"interrupted; go on with: fedsim resume {folder}\n"
+    assert Run.open(folder).latest_checkpoint()[0] is not None
+
+
+def test_libraries_are_quiet(file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from fedsim.cli import main; main()", "run", str(file), "--json"]
+    krum = ["--set", "strategy.name=krum", "--folder", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [*command, *krum], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    assert len(done.stdout.splitlines()) == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("tiny: krum")
+    assert [line[:9] for line in lines[1:4]] == ["round 0/2", "round 1/2", "round 2/2"]
+    assert lines[4:6] == ["", "tiny  krum · 4 clients · 2 rounds"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, fedsim.cli; print(sorted(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"numpy", "pydantic", "torch", "flwr", "ray", "pandas", "matplotlib", "sklearn"}
+    assert not heavy & set(eval(done.stdout))
+
+
+def test_help_lists_every_command(fedsim: Invoke) -> None:
+    text = fedsim("--help").stdout
+    for command in ("run", "resume", "sweep", "compare", "list", "export", "doctor"):
+        assert f"\n  {command} " in text
+    assert "..." not in text.split("Commands:")[1], "a summary is cut off"
+
+
+def test_doctor_finds_nothing_wrong(fedsim: Invoke) -> None:
+    result = fedsim("doctor")
+    titles = [line.split()[1] for line in result.stdout.splitlines() if line.startswith(("✓", "✗"))]
+    assert {"python", "flower", "torch", "cache", "experiments", "smoke"} <= set(titles)
+    broken = [line for line in result.stdout.splitlines() if line.startswith("✗")]
+    assert result.exit_code == (1 if broken else 0)
+    assert not [line for line in broken if not line.startswith("✗ packages")]
+
+
+def test_doctor_names_the_fix(fedsim: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "file"))
+    result = fedsim("doctor")
+    assert result.exit_code == 1
+    assert "✗ cache" in result.stdout
+    assert "→ set FEDSIM_CACHE" in result.stdout

@@ -1,0 +1,79 @@
+"""Exported models give the logits of the run's final state, in every form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsim import config, task
+from fedsim.errors import UserError
+from fedsim.export import export
+from fedsim.runs import Run
+from tests.helpers import StopAt, run, tiny
+
+CLIP = {"model": {"name": "tiny-clip"}, "tuning": {"name": "bias"}}
+
+
+def test_the_exported_model_is_the_final_one(tmp_path: Path) -> None:
+    result = run(tiny(), tmp_path)
+    out = tmp_path / "out"
+    report = export(result.run, out)
+    assert report["state"] == "final state"
+    assert report["notices"] == []
+    assert sorted(path.name for path in out.iterdir()) == sorted(report["files"])
+    built = task.build(config.load(out / "experiment.toml"))
+    built.model.load_state_dict(load_file(out / "model.safetensors"))
+    assert built.evaluate_split("test")["accuracy"] == result.accuracy
+    assert json.loads((out / "classes.json").read_text()) == list(built.data.info.classes)
+
+
+def test_the_readme_of_an_export_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(run(tiny("rounds=1"), tmp_path).run, tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, torch.nn.Module] = {}
+    exec(code, names)
+    assert names["model"](torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), tmp_path, StopAt(2))
+    report = export(Run.open(tmp_path / "tiny"), tmp_path / "out")
+    assert report["state"] == "state after round 1"
+    assert "not finished" in report["notices"][0]
+
+
+def test_a_run_without_any_state(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no state yet; go on with: fedsim resume"):
+        export(Run.create(tiny(), tmp_path), tmp_path / "out")
+
+
+def test_personal_entries_are_named(tmp_path: Path) -> None:
+    result = run(tiny("rounds=1", payload={"personal": ["head.*"]}), tmp_path)
+    report = export(result.run, tmp_path / "out")
+    assert "2 entries are personal" in report["notices"][0]
+    assert "head." in report["notices"][0]
+
+
+def test_a_damaged_state_is_said(tmp_path: Path) -> None:
+    result = run(tiny("rounds=1"), tmp_path)
+    (result.run.folder / "state.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="damaged"):
+        export(result.run, tmp_path / "out")
+
+
+def test_a_clip_is_read_by_open_clip(tmp_path: Path) -> None:
+    import open_clip
+
+    result = run(tiny("rounds=1", **CLIP), tmp_path)
+    report = export(result.run, tmp_path / "out")
+    assert "open_clip/" in report["files"]
+    tuned = load_file(tmp_path / "out" / "model.safetensors")
+    clip = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'open_clip'}")
+    for name, value in clip.visual.state_dict().items():
+        assert torch.equal(value, tuned[f"backbone.visual.{name}"]), name

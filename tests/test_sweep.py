@@ -1,0 +1,159 @@
+"""Sweeps: cells, going on where they stopped, and a table that is a function of results.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsim.cli import app
+from fedsim.errors import UserError
+from fedsim.hooks import Hook
+from fedsim.runs import Run
+from fedsim.sweep import Cell, Sweep, cells_of, parse_grid, slug, table_of
+from tests.helpers import StopAt, tiny
+
+GRID = {"seed": [0, 1], "client.lr": [0.1, 0.01]}
+
+
+@contextmanager
+def silent(cell: Cell) -> Iterator[Sequence[Hook]]:
+    yield []
+
+
+def test_grid_values_are_toml_and_bare_words_strings() -> None:
+    texts = ["seed=0,1,1", "tuning.name=bias, head", 'data.name="npz:a,b"', "x=[1,2],[3]", "y=true"]
+    found = parse_grid(texts)
+    assert found == {
+        "seed": [0, 1],
+        "tuning.name": ["bias", "head"],
+        "data.name": ["npz:a,b"],
+        "x": [[1, 2], [3]],
+        "y": [True],
+    }
+
+
+def test_cells_are_the_product_and_a_name_goes_first() -> None:
+    cells = cells_of(tiny(), {"partition.alpha": [0.1, 1.0], "partition.name": ["dirichlet"]})
+    assert [cell.experiment["partition"].options["alpha"] for cell in cells] == [0.1, 1.0]
+    assert [cell.experiment.clients for cell in cells] == [4, 4]
+    assert cells[0].label == "partition.alpha=0.1 partition.name=dirichlet"
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    base = tiny(sweep={"seed": [0, 1], "rounds": [1]})
+    found = Sweep.open(base, {"seed": [7]}, parent=tmp_path)
+    assert [dict(cell.keys) for cell in found.cells] == [{"seed": 7, "rounds": 1}]
+    assert found.folder == tmp_path / "tiny-sweep"
+
+
+def test_slugs_are_safe_and_distinct() -> None:
+    plain = slug({"seed": 0, "tuning.name": "bias"})
+    assert plain == "seed-0_tuning.name-bias"
+    odd = [slug({"data.name": value}) for value in ("npz:a/b", "npz:a:b", "npz:" + "x" * 200)]
+    assert len(set(odd)) == 3
+    assert all("/" not in text and ":" not in text and len(text) <= 80 for text in odd)
+
+
+def test_a_cell_equals_the_ordinary_run(tmp_path: Path) -> None:
+    from fedsim.finish import run_experiment
+
+    results = Sweep(tmp_path / "s", tiny(), {"client.lr": [0.1, 0.05]}).run(silent)
+    alone = run_experiment(tiny("client.lr=0.05"), Run.create(tiny("client.lr=0.05"), tmp_path))
+    assert results[1]["summary"]["digest"] == alone.summary["digest"]
+
+
+def test_going_on_after_an_interruption(tmp_path: Path) -> None:
+    started: list[int] = []
+
+    def note(number: int, cell: Cell) -> None:
+        started.append(number)
+
+    @contextmanager
+    def stopping(cell: Cell) -> Iterator[Sequence[Hook]]:
+        yield [StopAt(2)] if dict(cell.keys) == {"seed": 0, "client.lr": 0.01} else []
+
+    recorded = tmp_path / "s" / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(tmp_path / "s", tiny(), GRID).run(stopping, before=note)
+    assert started == [1, 2]
+    assert len(json.loads(recorded.read_text())) == 1
+    results = Sweep(tmp_path / "s", tiny(), GRID).run(silent, before=note)
+    assert started == [1, 2, 2, 3, 4]
+    whole = Sweep(tmp_path / "whole", tiny(), GRID).run(silent)
+    assert [r["summary"]["digest"] for r in results] == [r["summary"]["digest"] for r in whole]
+    assert json.loads(recorded.read_text()) == results
+    folders = {path.name for path in (tmp_path / "s" / "cells").iterdir()}
+    assert folders == {cell.experiment.name for cell in cells_of(tiny(), GRID)}
+
+
+def test_a_failed_cell_is_recorded_and_the_others_run(tmp_path: Path) -> None:
+    found = Sweep(tmp_path / "s", tiny("rounds=1"), {"partition.shots": [5000, 4]})
+    results = found.run(silent)
+    assert "shots = 5000" in results[0]["error"]
+    assert results[1]["summary"]["rounds"] == 1
+    assert "0 (1 failed)" in table_of(results)
+    with pytest.raises(UserError, match="shots = 5000"):
+        found.run(silent, stop_on_error=True)
+
+
+def test_the_command_prints_the_table_and_ends_with_1_when_a_cell_failed(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.toml"
+    file.write_text(tiny("rounds=1").toml())
+    command = ["sweep", str(file), "--folder", str(tmp_path / "runs"), "--grid", "seed=0,1", "--json"]
+    good = CliRunner().invoke(app, command)
+    assert good.exit_code == 0
+    assert len(json.loads(good.stdout)["results"]) == 2
+    assert "✓ 2/2  seed=1" in good.stderr
+    bad = CliRunner().invoke(app, [*command, "--grid", "partition.shots=4,5000", "--name", "other"])
+    assert bad.exit_code == 1
+    assert "✗ 2/4  seed=0 partition.shots=5000  [partition] shots = 5000" in bad.stderr
+    assert (tmp_path / "runs" / "other" / "table.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("base", "grid", "said"),
+    [
+        (["rounds=2"], GRID, "rounds"),
+        ([], {"seed": [0, 1, 2], "client.lr": [0.1, 0.01]}, "grid.seed"),
+        ([], {"seed": [0, 1]}, "grid.client.lr"),
+    ],
+)
+def test_another_sweep_of_the_same_name_is_refused(
+    base: list[str], grid: dict[str, list[int]], said: str, tmp_path: Path
+) -> None:
+    Sweep(tmp_path / "s", tiny(), GRID)
+    Sweep(tmp_path / "s", tiny(), GRID)
+    with pytest.raises(UserError, match=f"holds another sweep.*{said}.*--name"):
+        Sweep(tmp_path / "s", tiny(*base), grid)
+
+
+def test_a_run_folder_is_no_sweep(tmp_path: Path) -> None:
+    Run.create(tiny(), tmp_path)
+    with pytest.raises(UserError, match="is no sweep"):
+        Sweep(tmp_path / "tiny", tiny(), GRID)
+
+
+def test_the_table_is_made_from_the_results_alone() -> None:
+    def cell(seed: int, tuning: str, accuracy: float) -> dict[str, object]:
+        summary = {
+            "accuracy": accuracy,
+            "accuracy_start": 0.5,
+            "accuracy_local_only": 0.25 * (1 + seed),
+            "bytes_up": 1_500_000,
+            "seconds": 4.0,
+        }
+        return {"cell": {"seed": seed, "tuning.name": tuning}, "summary": summary}
+
+    results = [cell(0, "bias", 0.7), cell(0, "head", 0.6), cell(1, "bias", 0.9)]
+    results.append({"cell": {"seed": 1, "tuning.name": "head"}, "error": "no luck"})
+    assert table_of(json.loads(json.dumps(results))) == (
+        "| tuning.name | n | accuracy | start | local-only | bytes up | time |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| bias | 2 | 0.800 ± 0.141 | 0.500 ± 0.000 | 0.375 ± 0.177 | 1.5 MB | 4.0 s |\n"
+        "| head | 1 (1 failed) | 0.600 | 0.500 | 0.250 | 1.5 MB | 4.0 s |\n"
+    )

@@ -1,0 +1,173 @@
+"""A foreign grid behaves like ours: partition ids, packing, the same digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsim import messages
+from fedsim.app import FederatedClientApp, client_app, serve
+from fedsim.engine.grid import FIRST_NODE, BaseGrid
+from fedsim.engine.simulate import simulate
+from fedsim.errors import UserError
+from fedsim.runs import Run
+from fedsim.wire import WireGrid
+from tests.helpers import run, tiny
+
+
+class Foreign(Grid):
+    """A stranger's grid: the calls of a BaseGrid without being one, nodes in no particular order."""
+
+    def __init__(self, inner: BaseGrid) -> None:
+        self.inner = inner
+        self.largest_record = 0
+
+    def set_run(self, run: Any) -> None:
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self.inner.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self.inner.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.inner.get_node_ids())[::-1]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            self._look(message)
+        return self.inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(self.inner.pull_messages(message_ids))
+        for message in replies:
+            self._look(message)
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self.pull_messages(list(self.push_messages(messages)))
+
+    def _look(self, message: Message) -> None:
+        if message.has_content():
+            for record in message.content.values():
+                if isinstance(record, ArrayRecord):
+                    self.largest_record = max(self.largest_record, len(record))
+
+
+class Nameless(FederatedClientApp):
+    """Nodes whose config has another partition id than the engine's, or none."""
+
+    def __init__(self, names: dict[int, int | None]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        name = self.names.get(context.node_id - FIRST_NODE, -2)
+        del context.node_config["partition-id"]
+        if name is not None:
+            context.node_config["partition-id"] = name
+        return super().__call__(message, context)
+
+
+def on_foreign_grid(
+    experiment: Any, folder: Path, app: ClientApp = client_app
+) -> tuple[dict[str, Any], Foreign]:
+    made: list[Foreign] = []
+    server = ServerApp()
+    target = Run.create(experiment, folder)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        assert isinstance(grid, BaseGrid)
+        made.append(Foreign(grid))
+        serve(experiment, made[0], target, ())
+
+    simulate(server, app, experiment.clients, seed=experiment.seed)
+    return target.summary(), made[0]
+
+
+@pytest.mark.parametrize("model", ["cnn", "tests.bf16_model:make"])
+def test_packed_on_a_foreign_grid_gives_the_same_digest_and_bytes(model: str, tmp_path: Path) -> None:
+    experiment = tiny(model={"name": model})
+    ours = run(experiment, tmp_path / "ours").summary
+    theirs, grid = on_foreign_grid(experiment, tmp_path / "theirs")
+    for key in ("digest", "accuracy", "loss", "bytes_up", "bytes_down"):
+        assert theirs[key] == ours[key], key
+    assert grid.largest_record <= 2  # one flat array per dtype, however many tensors
+
+
+def test_bfloat16_counts_two_bytes_and_trains(tmp_path: Path) -> None:
+    result = run(tiny(model={"name": "tests.bf16_model:make"}), tmp_path)
+    sent = 64 * 16 * 2 + 16 * 2 + 16 * 10 * 4 + 10 * 4
+    assert result.summary["bytes_up"] == 3 * 4 * sent
+    assert result.summary["accuracy"] > result.summary["accuracy_start"]
+
+
+def test_nodes_without_a_partition_get_the_lowest_free_ones(tmp_path: Path) -> None:
+    experiment = tiny("rounds=1")
+    ours = run(experiment, tmp_path / "ours").summary
+    swapped, _ = on_foreign_grid(experiment, tmp_path / "a", Nameless({0: None, 1: 3, 2: None, 3: 0}))
+    assert swapped["digest"] == ours["digest"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({0: 1, 1: 1, 2: 2, 3: 3}, "both say partition-id 1"),
+        ({0: 0, 1: 1, 2: 2, 3: 7}, r"partition ids \[0, 1, 2, 7\], expected 0 to 3"),
+    ],
+)
+def test_contradictory_nodes_are_refused(names: dict[int, int | None], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        on_foreign_grid(tiny(), tmp_path, Nameless(names))
+
+
+def test_a_node_with_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.app.code_digest", lambda: "0.0.1+abc")
+    with pytest.raises(UserError, match=r"node 1000 runs fedsim 0\.0\.1\+abc"):
+        on_foreign_grid(tiny(), tmp_path)
+
+
+def test_a_wrong_number_of_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_NODE_WAIT", "0.1")
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        WireGrid(grid, 5)
+
+    with pytest.raises(
+        UserError, match=r"4 nodes are connected but the experiment has partition\.clients = 5"
+    ):
+        simulate(server, client_app, 4)
+
+
+def test_the_server_waits_for_late_nodes(tmp_path: Path) -> None:
+    """Flower's strategies compute the cohort before the nodes are there; here they are waited for."""
+    server = ServerApp()
+    found: list[int] = []
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        class Late(Foreign):
+            looks = 0
+
+            def get_node_ids(self) -> Iterable[int]:
+                self.looks += 1
+                return list(super().get_node_ids())[: self.looks]
+
+        assert isinstance(grid, BaseGrid)
+        found.extend(messages.roster(WireGrid(Late(grid), 4)).clients())
+
+    simulate(server, client_app, 4)
+    assert found == [0, 1, 2, 3]
