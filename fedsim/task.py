@@ -92,7 +92,7 @@ class Task:
         return payload.to_record(self._initial, self.selection.shared)
 
     def batch(self, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Rows of memory-mapped arrays as tensors on the device: inputs [b, ...] as stored, labels int64 [b]."""
+        """Rows of arrays as tensors on the device: inputs [b, ...] as stored, labels int64 [b]."""
         return torch.from_numpy(x[rows]).to(self.device), torch.from_numpy(y[rows]).to(self.device)
 
     @torch.no_grad()

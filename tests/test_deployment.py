@@ -175,8 +175,8 @@ def compose() -> dict[str, Any]:
 
 def test_compose_commands_are_ones_that_flower_accepts() -> None:
     """Each command line goes through Flower's real argument parser."""
-    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
     from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
     parsers = {"flower-superlink": _parse_args_run_superlink, "flower-supernode": _parse_args_run_supernode}
     services = compose()["services"]

@@ -189,7 +189,7 @@ def test_fedper_and_fedbn_are_two_lines(pattern: str, tmp_path: Path) -> None:
     """[payload] personal = [...]: those names never travel, differ between clients and survive a reload."""
     experiment = tiny(f'payload.personal=["{pattern}"]', "evaluation.split=local", **CNN)
     result = run(experiment, tmp_path)
-    prefix = pattern.split("*")[0] or ".bn"
+    prefix = pattern.split("*", maxsplit=1)[0] or ".bn"
     assert result.state()
     assert not any(prefix in name for name in result.state())
     tree, _ = result.run.latest_checkpoint()

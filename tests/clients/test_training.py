@@ -138,7 +138,7 @@ def arrays(message: Message) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_client_leaves_no_trace_in_the_next_one(optimizer: str) -> None:
-    """BatchNorm statistics, momentum, counters: client 1 after client 0 equals client 1 alone, bit for bit."""
+    """BatchNorm statistics, momentum: client 1 after client 0 equals client 1 alone, bit for bit."""
     experiment = tiny(
         model={"name": "cnn", "width": 4, "norm": "batch", "dropout": 0.2},
         client={"lr": 0.01, "optimizer": optimizer, "batch_size": 16},
@@ -208,7 +208,7 @@ def test_an_unknown_action_is_an_error_reply() -> None:
                 messages.EXPERIMENT: experiment.json(),
                 messages.FROZEN: task.frozen_digest,
                 messages.CODE: code_digest(),
-            }  # fmt: skip
+            }
         )
         out = [
             Message(RecordDict({"config": config}), dst_node_id=n, message_type="query.nothing")

@@ -75,12 +75,12 @@ class TestEveryStrategy:
         goal = {k: v + np.float32(0.25) for k, v in START.items()}
         with quiet():
             played = play(make(name), START, lambda c, a, k: (goal, {"num-examples": c + 1}), clients=CLIENTS)
-        for key in goal:
-            assert played.arrays[key].shape == goal[key].shape
+        for key, expected in goal.items():
+            assert played.arrays[key].shape == expected.shape
             if name in SERVER_OPTIMISERS:  # a step in the same direction
                 assert (played.arrays[key] > START[key]).all()
             else:
-                np.testing.assert_allclose(played.arrays[key], goal[key], rtol=1e-6)
+                np.testing.assert_allclose(played.arrays[key], expected, rtol=1e-6)
 
     def test_the_order_of_replies_changes_nothing(self, name: str) -> None:
         with quiet():
