@@ -67,8 +67,8 @@ def require_clients(strategy: Strategy, clients: int) -> None:
         wanted = getattr(strategy, name, 0)
         if isinstance(wanted, int) and wanted > clients:
             raise UserError(
-                f"strategy {type(strategy).__name__} wants {name} = {wanted} clients "
-                f"but there are {clients}; set strategy.{name} to {clients} or less, or raise partition.clients"
+                f"strategy {type(strategy).__name__} wants {name} = {wanted} clients but "
+                f"there are {clients}; set strategy.{name} to {clients} or less, or raise partition.clients"
             )
     for value in vars(strategy).values():
         if isinstance(value, Strategy):

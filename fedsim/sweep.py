@@ -199,7 +199,7 @@ class Sweep:
             return None
         summary = run.summary()
         missing = set(cell.experiment.baselines) - set(baselines_of(summary))
-        return None if missing else {"cell": dict(cell.keys), "summary": summary}
+        return None if missing else _result(cell, summary)
 
     def _run_cell(self, cell: Cell, watch: Watch, *, stop_on_error: bool) -> Result:
         parent = self.folder / "cells"
@@ -215,7 +215,7 @@ class Sweep:
                 raise
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             return {"cell": dict(cell.keys), "error": f"{kind}{error}"}
-        return {"cell": dict(cell.keys), "summary": summary}
+        return _result(cell, summary)
 
     def _write(self, results: Sequence[Result]) -> None:
         write_atomic(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -236,6 +236,11 @@ class Sweep:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no sweep; give --name")
         write_atomic(record, text.encode())
+
+
+def _result(cell: Cell, summary: Mapping[str, Any]) -> Result:
+    """What `results.json` keeps of a cell; the run's path is relative to the sweep's folder."""
+    return {"cell": dict(cell.keys), "summary": {**summary, "run": f"cells/{cell.experiment.name}"}}
 
 
 # --------------------------------------------------------------------------------------- the table

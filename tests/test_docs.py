@@ -41,3 +41,34 @@ def test_its_own_test_passes(page: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+def test_tables_are_what_their_json_says() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "tables.py"), "--check"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_shows_the_quickstart_file_as_it_is() -> None:
+    block = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert block is not None
+    shipped = (ROOT / "experiments" / "quickstart.toml").read_text("utf-8")
+    assert block[1] == "".join(line for line in shipped.splitlines(True) if not line.startswith("#"))
+
+
+def test_the_quickstart_reaches_what_the_readme_says() -> None:
+    """Bars: start at most 0.70, end at least 0.10 above it and 0.05 above local-only (mean of 3 seeds)."""
+    import json
+
+    results = json.loads((ROOT / "experiments" / "results" / "quickstart.json").read_text("utf-8"))
+    rows = [result["summary"] for result in results]
+    assert len({result["cell"]["seed"] for result in results}) == 3
+
+    def mean(key: str) -> float:
+        return sum(float(row[key]) for row in rows) / len(rows)
+
+    assert mean("accuracy_start") <= 0.70
+    assert mean("accuracy") >= mean("accuracy_start") + 0.10
+    assert mean("accuracy") >= mean("accuracy_local_only") + 0.05
