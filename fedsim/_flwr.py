@@ -25,6 +25,7 @@ for _switch, _value in {
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ if not SUPPORTED[0] <= _found < SUPPORTED[1]:
 
 __all__ = [
     "SUPERLINK_NODE_ID",
+    "BareGrid",
     "ErrorCode",
     "LazyArray",
     "Run",
@@ -51,6 +53,21 @@ __all__ = [
     "set_message_id",
     "with_content",
 ]
+
+
+class BareGrid(Grid):
+    """Flower's Grid less the one method that it has deprecated but still declares abstract."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make an instruction (Flower wants `Message(...)` instead)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
 class LazyArray(Array):

@@ -5,7 +5,7 @@
 
 A section with a `name` is an object of the registry and its other keys are keyword arguments. The
 sections without a name (`evaluation`, `checkpoints`, `schedule`, `payload`) are the dataclass-like
-functions in SETTINGS below: their signatures are the schema, too.
+functions in `fedsim/settings.py`: their signatures are the schema, too.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from fedsim import registry
+from fedsim import registry, settings
 from fedsim.errors import UserError, nearest
-from fedsim.ranges import Count, Fraction, Natural, Portion
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -49,89 +48,6 @@ DEFAULT_NAMES = {
     "strategy": "fedavg",
     "engine": "serial",
 }
-
-
-def _partition_keys(*, clients: Count = 10, shots: Count | None = None, pooled: bool = False) -> None:
-    """Keys that every partition has.
-
-    Args:
-        clients: number of clients.
-        shots: keep this many samples per class and client (all of a class when a client has fewer).
-        pooled: hand the data of all clients to one client (the centralised baseline).
-    """
-
-
-#: keys that a named section has whatever its name
-COMMON: dict[str, Callable[..., None]] = {"partition": _partition_keys}
-
-
-def _evaluation(
-    *,
-    every: Count = 1,
-    batch_size: Count = 512,
-    validation: Portion = 0.0,
-    where: Literal["auto", "server", "clients"] = "auto",
-    split: Literal["test", "local"] = "test",
-    patience: Natural = 0,
-) -> None:
-    """When, where and on what the model is measured.
-
-    Args:
-        every: evaluate every so many rounds (the first and the last round always).
-        batch_size: samples per evaluation batch.
-        validation: share of the training data held back by the server; early stopping and the best
-            checkpoint use it alone.
-        where: `server` measures the shared state, `clients` every client's own model (mean over
-            clients); `auto` is `clients` as soon as something is personal.
-        split: `test` is the global test set, `local` the part of it that matches a client's classes.
-        patience: stop after so many evaluations without a better validation loss (0: never).
-    """
-
-
-def _checkpoints(*, every: Count = 1, keep: Count = 2) -> None:
-    """How often a run can be resumed from.
-
-    Args:
-        every: write a checkpoint every so many rounds (and at the end).
-        keep: keep the newest so many, and the best one on the validation split.
-    """
-
-
-def _schedule(
-    *,
-    kind: Literal["constant", "cosine", "linear", "step"] = "constant",
-    warmup: Natural = 0,
-    final: Fraction = 0.0,
-    step_every: Count = 10,
-    step_factor: Fraction = 0.1,
-) -> None:
-    """Learning rate over global rounds, as a factor on the client's `lr`, computed on the server.
-
-    Args:
-        kind: shape of the curve.
-        warmup: rounds of linear warm-up.
-        final: factor at the last round (`cosine`, `linear`).
-        step_every: rounds between drops (`step`).
-        step_factor: factor of each drop (`step`).
-    """
-
-
-def _payload(*, personal: list[str] | None = None) -> None:
-    """What stays with the client.
-
-    Args:
-        personal: name patterns (`*` and `?`) of changing entries that never travel: they live in the
-            client's state. `["head.*"]` is FedPer, `["*.bn?.*"]` is FedBN.
-    """
-
-
-SETTINGS: dict[str, Callable[..., None]] = {
-    "evaluation": _evaluation,
-    "checkpoints": _checkpoints,
-    "schedule": _schedule,
-    "payload": _payload,
-}
-
 _TOP = ("name", "seed", "rounds", "baselines")
 
 
@@ -292,18 +208,18 @@ def from_tables(
         _apply(tables, override)
     explicit = _copy(tables)
     sweep = _check_sweep(tables.pop("sweep", {}), source)
-    known = {*_TOP, *NAMED, *SETTINGS, "sweep"}
+    known = {*_TOP, *NAMED, *settings.SETTINGS, "sweep"}
     for key in tables:
         if key not in known:
             raise UserError(f"{source}: unknown key or section '{key}': {nearest(key, known)}")
-    for key in (*NAMED, *SETTINGS):
+    for key in (*NAMED, *settings.SETTINGS):
         if not isinstance(tables.setdefault(key, {}), dict):
             raise UserError(f"{source}: '{key}' must be a section: [{key}]")
     tables["strategy"].setdefault("name", DEFAULT_NAMES["strategy"])
     _fill_strategy_defaults(tables, source)
     sections = {name: _named_section(name, tables[name], source) for name in NAMED}
-    settings = {name: _settings(name, tables[name], source) for name in SETTINGS}
-    top = _check(_top_model(), {k: tables[k] for k in _TOP if k in tables}, source, "")
+    fixed = {name: _settings(name, tables[name], source) for name in settings.SETTINGS}
+    top = _check(registry.schema(settings.top_keys), {k: tables[k] for k in _TOP if k in tables}, source, "")
     if not re.fullmatch(r"[\w.+-]+", top["name"]):
         raise UserError(f"{source}: name '{top['name']}' must be letters, digits, '.', '_', '+', '-'")
     return Experiment(
@@ -312,28 +228,11 @@ def from_tables(
         rounds=top["rounds"],
         baselines=tuple(top.get("baselines", [])),
         sections=sections,
-        settings=settings,
+        settings=fixed,
         sweep=sweep,
         folder=folder,
         given=explicit,
     )
-
-
-def _top_keys(
-    *, name: str = "experiment", seed: Natural = 0, rounds: Count = 10, baselines: list[str] | None = None
-) -> None:
-    """Top-level keys.
-
-    Args:
-        name: names the run folder.
-        seed: every random number of the run follows from it.
-        rounds: global rounds.
-        baselines: strategies to run on the same setting afterwards, for the closing table.
-    """
-
-
-def _top_model() -> type[BaseModel]:
-    return registry.schema(_top_keys)
 
 
 def _fill_strategy_defaults(tables: dict[str, Any], source: str) -> None:
@@ -363,8 +262,8 @@ def _named_section(section: str, values: Mapping[str, Any], source: str) -> Sect
     keys = {key: value for key, value in values.items() if key != "name"}
     common: dict[str, Any] = {}
     known = set(registry.schema(resolved.target).model_fields) - set(resolved.fixed)
-    if section in COMMON:
-        model = registry.schema(COMMON[section])
+    if section in settings.COMMON:
+        model = registry.schema(settings.COMMON[section])
         known |= set(model.model_fields)
         own = {key: keys.pop(key) for key in list(keys) if key in model.model_fields}
         common = _check(model, own, source, section)
@@ -379,7 +278,7 @@ def _named_section(section: str, values: Mapping[str, Any], source: str) -> Sect
 
 
 def _settings(section: str, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    return _check(registry.schema(SETTINGS[section]), values, source, section)
+    return _check(registry.schema(settings.SETTINGS[section]), values, source, section)
 
 
 def _check(model: type[BaseModel], values: Mapping[str, Any], source: str, section: str) -> dict[str, Any]:
@@ -459,7 +358,7 @@ def _apply(tables: dict[str, Any], override: str) -> None:
         place = inner
     if len(path) == 2 and path[-1] == "name" and place.get("name") != value:
         # another object: the keys of the former one do not belong to it, those common to all do
-        kept = registry.schema(COMMON[path[0]]).model_fields if path[0] in COMMON else {}
+        kept = registry.schema(settings.COMMON[path[0]]).model_fields if path[0] in settings.COMMON else {}
         for key in [key for key in place if key not in kept]:
             del place[key]
     place[path[-1]] = value

@@ -93,21 +93,10 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
     Raises:
         UserError: the experiment cannot work as it is.
     """
-    from fedsim.app import client_app, make_server_app
-    from fedsim.engine.simulate import simulate
-
-    inner = {name: baseline(experiment, name) for name in experiment.baselines}  # mistakes come first
-    if not run.finished:
-        engine = experiment["engine"]
-        with run.removed_if_unused():
-            simulate(
-                make_server_app(experiment, run, hooks),
-                client_app,
-                experiment.clients,
-                engine=engine.name,
-                seed=experiment.seed,
-                **engine.options,
-            )
+    with run.removed_if_unused():
+        inner = {name: baseline(experiment, name) for name in experiment.baselines}  # mistakes come first
+        if not run.finished:
+            _simulate(experiment, run, hooks)
     summary = run.summary()
     for name, other in inner.items():
         key = f"accuracy_{name.replace('-', '_')}"
@@ -117,6 +106,21 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
             summary[key] = run_experiment(other, side, hooks).summary["accuracy"]
             run.write_summary(summary)
     return Result(summary, run)
+
+
+def _simulate(experiment: Experiment, run: Run, hooks: Sequence[Hook]) -> None:
+    from fedsim.app import client_app, make_server_app
+    from fedsim.engine.simulate import simulate
+
+    engine = experiment["engine"]
+    simulate(
+        make_server_app(experiment, run, hooks),
+        client_app,
+        experiment.clients,
+        engine=engine.name,
+        seed=experiment.seed,
+        **engine.options,
+    )
 
 
 def baseline(experiment: Experiment, name: str) -> Experiment:

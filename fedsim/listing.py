@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.padding import Padding
 
-from fedsim import config, registry
+from fedsim import config, registry, settings
 from fedsim.errors import UserError, nearest
 from fedsim.registry import Parameter
 from fedsim.terminal import grid
@@ -83,7 +83,7 @@ def _entry(kind: str, name: str, target: str) -> Entry:
 
 def common_keys(kind: str) -> list[Parameter]:
     """Keys that every entry of a kind has."""
-    common = config.COMMON.get(_SECTIONS.get(kind, ""))
+    common = settings.COMMON.get(_SECTIONS.get(kind, ""))
     return registry.describe(common) if common is not None else []
 
 

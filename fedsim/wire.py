@@ -54,7 +54,7 @@ class NodeMap:
         return {node: client for client, node in self.nodes.items()}
 
 
-class WireGrid(Grid):
+class WireGrid(_flwr.BareGrid):
     """Wraps a foreign grid.
 
     Args:
@@ -78,17 +78,6 @@ class WireGrid(Grid):
     def run(self) -> _flwr.Run:
         """The run of the wrapped grid."""
         return self.inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Deprecated in Flower, still abstract there."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the nodes that said hello."""

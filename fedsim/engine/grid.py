@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from fedsim import _flwr, messages
 
@@ -55,7 +54,7 @@ class FixedRoster:
         return client
 
 
-class BaseGrid(Grid):
+class BaseGrid(_flwr.BareGrid):
     """A Grid over `num_clients` simulated clients of one ClientApp.
 
     Args:
@@ -91,17 +90,6 @@ class BaseGrid(Grid):
     def run(self) -> _flwr.Run:
         """The run this grid belongs to."""
         return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Deprecated in Flower, still abstract there."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """All node ids, ascending (they never change)."""

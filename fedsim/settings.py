@@ -1,0 +1,107 @@
+"""Keys of an experiment file that belong to no object: their functions' signatures are the schema.
+
+The bodies are empty on purpose; `fedsim.registry.schema` reads the signatures, and `fedsim list` the
+docstrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from fedsim.ranges import Count, Fraction, Natural, Portion
+
+
+def top_keys(
+    *, name: str = "experiment", seed: Natural = 0, rounds: Count = 10, baselines: list[str] | None = None
+) -> None:
+    """Top-level keys.
+
+    Args:
+        name: names the run folder.
+        seed: every random number of the run follows from it.
+        rounds: global rounds.
+        baselines: strategies to run on the same setting afterwards, for the closing table.
+    """
+
+
+def partition_keys(*, clients: Count = 10, shots: Count | None = None, pooled: bool = False) -> None:
+    """Keys that every partition has.
+
+    Args:
+        clients: number of clients.
+        shots: keep this many samples per class and client (all of a class when a client has fewer).
+        pooled: hand the data of all clients to one client (the centralised baseline).
+    """
+
+
+#: keys that a named section has whatever its name
+COMMON: dict[str, Callable[..., None]] = {"partition": partition_keys}
+
+
+def evaluation(
+    *,
+    every: Count = 1,
+    batch_size: Count = 512,
+    validation: Portion = 0.0,
+    where: Literal["auto", "server", "clients"] = "auto",
+    split: Literal["test", "local"] = "test",
+    patience: Natural = 0,
+) -> None:
+    """When, where and on what the model is measured.
+
+    Args:
+        every: evaluate every so many rounds (the first and the last round always).
+        batch_size: samples per evaluation batch.
+        validation: share of the training data held back by the server; early stopping and the best
+            checkpoint use it alone.
+        where: `server` measures the shared state, `clients` every client's own model (mean over
+            clients); `auto` is `clients` as soon as something is personal.
+        split: `test` is the global test set, `local` the part of it that matches a client's classes.
+        patience: stop after so many evaluations without a better validation loss (0: never).
+    """
+
+
+def checkpoints(*, every: Count = 1, keep: Count = 2) -> None:
+    """How often a run can be resumed from.
+
+    Args:
+        every: write a checkpoint every so many rounds (and at the end).
+        keep: keep the newest so many, and the best one on the validation split.
+    """
+
+
+def schedule(
+    *,
+    kind: Literal["constant", "cosine", "linear", "step"] = "constant",
+    warmup: Natural = 0,
+    final: Fraction = 0.0,
+    step_every: Count = 10,
+    step_factor: Fraction = 0.1,
+) -> None:
+    """Learning rate over global rounds, as a factor on the client's `lr`, computed on the server.
+
+    Args:
+        kind: shape of the curve.
+        warmup: rounds of linear warm-up.
+        final: factor at the last round (`cosine`, `linear`).
+        step_every: rounds between drops (`step`).
+        step_factor: factor of each drop (`step`).
+    """
+
+
+def payload(*, personal: list[str] | None = None) -> None:
+    """What stays with the client.
+
+    Args:
+        personal: name patterns (`*` and `?`) of changing entries that never travel: they live in the
+            client's state. `["head.*"]` is FedPer, `["*.bn?.*"]` is FedBN.
+    """
+
+
+SETTINGS: dict[str, Callable[..., None]] = {
+    "evaluation": evaluation,
+    "checkpoints": checkpoints,
+    "schedule": schedule,
+    "payload": payload,
+}
