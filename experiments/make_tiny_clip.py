@@ -6,7 +6,7 @@ A CLIP (Radford et al. 2021, arXiv 2103.00020) of 8x8 digits, pre-trained on the
 `digits_for_pretraining`, which are disjoint from the federated ones. With ten classes a batch holds many
 images of one caption, so the loss is cross-entropy over the ten captions of one random template instead
 of the batch-wise contrastive loss. The only augmentation is a shift by at most one pixel: rotation,
-inversion and noise stay unseen, they are what federated tuning has to adapt to. About 40 seconds on one
+inversion and noise stay unseen, they are what federated tuning has to adapt to. About 30 seconds on one
 core; the same library versions on the same CPU give the same file.
 """
 

@@ -133,6 +133,8 @@ def baseline(experiment: Experiment, name: str) -> Experiment:
     keys = set(registry.schema(target).model_fields)
     kept = {key: value for key, value in document["strategy"].items() if key in keys}
     document |= {"name": name, "baselines": [], "strategy": {**kept, "name": name}}
+    if not document["evaluation"]["patience"]:
+        document["evaluation"]["every"] = experiment.rounds  # only its end is compared
     for section, values in getattr(target, "defaults", {}).items():
         document[section] = {**document.get(section, {}), **values}
     return config.from_tables(document, source=f"baseline {name}", folder=experiment.folder)

@@ -197,6 +197,8 @@ def draw_split(counts: Integers, classes: Sequence[str], path: str | os.PathLike
         floor += shown[:, column]
     note = f" (the first {len(shown)} of {len(counts)})" if len(shown) < len(counts) else ""
     axes.set(xlabel=f"client{note}", ylabel="training samples", xlim=(-0.6, len(shown) - 0.4))
+    axes.margins(y=0.05)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if len(classes) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
     figure.savefig(path, dpi=120)

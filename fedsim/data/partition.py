@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim import registry
-from fedsim.data.store import cache_folder, cache_key, write_file
+from fedsim.data.store import cache_folder, cache_key, code_stamp, write_file
 from fedsim.errors import UserError
 from fedsim.ranges import Count, Positive
 
@@ -114,11 +114,11 @@ def partition(
         )
     function = registry.resolve("partitions", name)
     keys = {**function.fixed, **options}
-    target = f"{function.target.__module__}:{function.target.__qualname__}"
+    code = code_stamp(function.target)
     owners = b"" if groups is None else groups.tobytes()
     switches = [clients, shots, pooled, seed, allow_empty]
     key = cache_key(
-        _VERSION, version("flwr-datasets"), version("numpy"), target, keys, switches, labels.tobytes(), owners
+        _VERSION, version("flwr-datasets"), version("numpy"), code, keys, switches, labels.tobytes(), owners
     )
     file = cache_folder("partitions") / f"{key}.npz"
     try:

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,22 @@ def load_arrays(name: str, options: Mapping[str, Any], *, roots: Sequence[Path] 
     if isinstance(keys.get("path"), str):
         keys["path"] = str(_find(keys["path"], roots))
         stamp = _stamp(Path(keys["path"]))
-    target = source.target
-    code = _stamp(Path(inspect.getsourcefile(target) or ""))
-    key = cache_key(_VERSION, f"{target.__module__}:{target.__qualname__}", code, keys, stamp)
-    folder = cache_folder("data") / key
-    found = _open(folder)
-    if found is None:
-        _write(folder, _checked(target(**keys), name))
+    folder = cache_folder("data") / cache_key(_VERSION, code_stamp(source.target), keys, stamp)
+    for _ in range(3):  # once is enough, unless several processes replace a damaged entry at once
         found = _open(folder)
+        if found is not None:
+            return found
+        _write(folder, _checked(source.target(**keys), name))
+    found = _open(folder)
     if found is None:
         raise UserError(f"the cache entry '{folder}' cannot be read back; delete it and check the disk")
     return found
+
+
+def code_stamp(target: Callable[..., Any]) -> list[Any]:
+    """What changes when a function is another one or its source file is edited: name, file, size, time."""
+    file = inspect.getsourcefile(target)
+    return [f"{target.__module__}:{target.__qualname__}", *(_stamp(Path(file)) if file else [])]
 
 
 def _find(path: str, roots: Sequence[Path]) -> Path:
@@ -150,13 +156,16 @@ def _write(folder: Path, arrays: Arrays) -> None:
 
 
 def _publish(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:  # an entry is there: another process was faster, or it is damaged
-        if _open(folder) is None:
-            damaged = made.with_name(f"{made.name}-damaged")
-            folder.rename(damaged)
+    damaged = made.with_name(f"{made.name}-damaged")
+    for _ in range(3):
+        try:
             made.rename(folder)
+            return
+        except OSError:  # an entry is there: another process was faster, or it is damaged
+            if _open(folder) is not None:
+                return
+            with suppress(FileNotFoundError):  # another process is replacing it, too
+                folder.rename(damaged)
             shutil.rmtree(damaged, ignore_errors=True)
 
 
