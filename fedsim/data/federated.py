@@ -151,7 +151,7 @@ def split_lines(counts: Integers, classes: Sequence[str]) -> list[str]:
     shades = " ░▒▓█"
     rows = np.array_split(np.arange(len(counts)), min(len(counts), _LISTED_CLIENTS))
     columns = np.array_split(np.arange(len(classes)), min(len(classes), 48))
-    cell = max(1, min(6, 60 // len(columns) - 1))
+    cell = max(1, min(6, 55 // len(columns) - 1))  # ten classes fit 80 columns
     gap = " " if cell > 1 else ""
     names = [classes[group[0]] for group in columns]
     lines = [f"{'client':>13} {'samples':>8}  " + gap.join(f"{name[:cell]:<{cell}}" for name in names)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
 
 from fedsim.data.partition import Partition, partition
 from fedsim.errors import UserError
@@ -155,3 +159,29 @@ def test_a_damaged_cache_file_is_made_again(tmp_path: Path, monkeypatch: pytest.
     (file,) = (tmp_path / "partitions").iterdir()
     file.write_bytes(file.read_bytes()[:50])
     assert np.array_equal(split("iid").indices, first.indices)
+
+
+def test_an_edited_partition_function_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "my_split.py"
+    parts = []
+    for step in (2, 1):
+        file.write_text(
+            f"def mine(table, /):\n    import numpy as np\n    return [np.arange(0, 10, {step})]\n"
+        )
+        sys.modules.pop("my_split", None)
+        importlib.invalidate_caches()
+        keys = {"groups": None, "shots": None, "pooled": False, "seed": 0}
+        parts.append(partition("my_split:mine", {}, labels=np.zeros(10, np.int64), clients=1, **keys))
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert [len(part.indices) for part in parts] == [5, 10]
+
+
+def test_iid_is_the_cut_of_flwr_datasets() -> None:
+    order = np.random.default_rng(0).permutation(len(LABELS))
+    theirs = IidPartitioner(7)
+    theirs.dataset = Dataset.from_dict({"index": order})
+    ours = split("iid", clients=7)
+    for pid in range(7):
+        assert np.array_equal(ours.client(pid), np.sort(theirs.load_partition(pid)["index"][:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,16 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_bytes(file.read_bytes()[:1000])
     np.testing.assert_array_equal(load_arrays("digits", {}).train_x, before)
     assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_threads_repair_a_damaged_entry_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    digest = load_arrays("digits", {}).digest
+    (entry,) = (tmp_path / "data").iterdir()
+    for _ in range(10):
+        file = entry / "train_x.npy"
+        file.write_bytes(file.read_bytes()[:1000])
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: load_arrays("digits", {}).digest, range(4)))
+        assert found == [digest] * 4
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [entry.name]
