@@ -47,8 +47,8 @@ def run(
     from fedsim.runs import Run
 
     chosen = config.load(experiment, config.overrides_of(overrides))
-    made = Run.create(chosen, Path(folder) if folder else None, overwrite=overwrite)
-    with quiet():
+    where = Path(folder) if folder else None
+    with quiet(), Run.fresh(chosen, where, overwrite=overwrite) as made:
         return run_experiment(chosen, made)
 
 

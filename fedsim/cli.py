@@ -65,12 +65,12 @@ def run(
             from fedsim.runs import Run
 
             experiment = config.load(file, [*(overrides or []), *_named(name)])
-            made = Run.create(experiment, folder, overwrite=overwrite)
-        session.on_interrupt = f"interrupted; go on with: fedsim resume {made.folder}"
         if experiment.sweep:
             session.note(f"this is the base experiment; fedsim sweep {file} runs the cells of its [sweep]")
-        with session.watching(experiment) as hooks:
-            result = run_experiment(experiment, made, hooks)
+        with Run.fresh(experiment, folder, overwrite=overwrite) as made:
+            session.on_interrupt = f"interrupted; go on with: fedsim resume {made.folder}"
+            with session.watching(experiment) as hooks:
+                result = run_experiment(experiment, made, hooks)
         _close(session, result.run, result.summary, _next_command(made, experiment, file), as_json=as_json)
 
 

@@ -64,6 +64,21 @@ class Section:
         return {"name": self.name, **self.common, **self.options}
 
 
+class _Source(str):
+    """What to blame in a message: the file, or the `--set` that a key came from."""
+
+    def __new__(cls, text: str, overrides: Iterable[str]) -> _Source:
+        made = super().__new__(cls, text)
+        made.given = {o.partition("=")[0].strip(): f"--set {o}" for o in overrides}
+        return made
+
+    given: dict[str, str]
+
+    def of(self, section: str, key: str = "") -> str:
+        """The file, or the override that set `section.key` (or the top-level key `section`)."""
+        return self.given.get(f"{section}.{key}" if key else section, str(self))
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A complete, validated experiment. Immutable; `replace` makes a changed one."""
@@ -75,7 +90,7 @@ class Experiment:
     sections: Mapping[str, Section]
     settings: Mapping[str, Mapping[str, Any]]
     sweep: Mapping[str, list[Any]]
-    folder: str
+    folders: tuple[str, ...]
     given: Mapping[str, Any]
 
     def __getitem__(self, section: str) -> Section:
@@ -114,8 +129,9 @@ class Experiment:
         return text
 
     def json(self) -> str:
-        """The document and its folder as one line of JSON: what travels inside every instruction."""
-        return json.dumps({**self.document(), "folder": self.folder}, separators=(",", ":"), sort_keys=True)
+        """The document and its folders as one line of JSON: what travels inside every instruction."""
+        whole = {**self.document(), "folders": self.folders}
+        return json.dumps(whole, separators=(",", ":"), sort_keys=True)
 
     def digest(self) -> str:
         """sha256 (16 hex digits) over everything that can change a result."""
@@ -127,7 +143,7 @@ class Experiment:
 
     def replace(self, *overrides: str) -> Experiment:
         """The same experiment with `"a.b=value"` overrides."""
-        return from_tables(self.given, source=self.name, folder=self.folder, overrides=overrides)
+        return from_tables(self.given, source=self.name, folders=self.folders, overrides=overrides)
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -150,11 +166,17 @@ def load(
         UserError: names the file, the key and the nearest right one.
     """
     path = find(where or "quickstart", folders)
+    given = read(path)
+    places = (str(path.resolve().parent), str(Path.cwd()))
+    return from_tables(given, source=str(path), folders=places, overrides=overrides)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; raises UserError where it is none."""
     try:
-        given = tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    return from_tables(given, source=str(path), folder=str(path.resolve().parent), overrides=overrides)
 
 
 def find(where: str | os.PathLike[str], folders: Iterable[Path] = ()) -> Path:
@@ -187,31 +209,37 @@ def from_json(text: str) -> Experiment:
 @cache
 def _from_json(text: str) -> Experiment:
     given = json.loads(text)
-    folder = given.pop("folder", "")
-    return from_tables(given, source="the server's experiment", folder=folder)
+    folders = tuple(given.pop("folders", ()))
+    return from_tables(given, source="the server's experiment", folders=folders)
 
 
 def from_tables(
-    given: Mapping[str, Any], *, source: str, folder: str = "", overrides: Iterable[str] = ()
+    given: Mapping[str, Any], *, source: str, folders: Iterable[str] = (), overrides: Iterable[str] = ()
 ) -> Experiment:
     """Validate plain tables.
 
     Args:
         given: top-level keys and sections as in a file.
         source: what to call them in error messages.
-        folder: the experiment's folder; appended to `sys.path` so that a user's modules are found.
+        folders: the experiment's own and the current one at that time: appended to `sys.path` so that a
+            user's modules are found, and searched for relative paths of data.
         overrides: as in `load`.
     """
-    extend_path(folder)
+    folders = tuple(folders)
+    extend_path(folders)
     tables = _copy(given)
-    for override in overrides:
+    overrides = list(overrides)
+    # a name chooses another object and drops the former one's keys: names go first
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".name")):
         _apply(tables, override)
+    source = _Source(source, overrides)
     explicit = _copy(tables)
     sweep = _check_sweep(tables.pop("sweep", {}), source)
     known = {*_TOP, *NAMED, *settings.SETTINGS, "sweep"}
     for key in tables:
         if key not in known:
-            raise UserError(f"{source}: unknown key or section '{key}': {nearest(key, known)}")
+            place = next((g for k, g in source.given.items() if k.split(".")[0] == key), str(source))
+            raise UserError(f"{place}: unknown key or section '{key}': {nearest(key, known)}")
     for key in (*NAMED, *settings.SETTINGS):
         if not isinstance(tables.setdefault(key, {}), dict):
             raise UserError(f"{source}: '{key}' must be a section: [{key}]")
@@ -220,8 +248,7 @@ def from_tables(
     sections = {name: _named_section(name, tables[name], source) for name in NAMED}
     fixed = {name: _settings(name, tables[name], source) for name in settings.SETTINGS}
     top = _check(registry.schema(settings.top_keys), {k: tables[k] for k in _TOP if k in tables}, source, "")
-    if not re.fullmatch(r"[\w.+-]+", top["name"]):
-        raise UserError(f"{source}: name '{top['name']}' must be letters, digits, '.', '_', '+', '-'")
+    check_name(top["name"], f"{source.of('name')}: name")
     return Experiment(
         name=top["name"],
         seed=top["seed"],
@@ -230,12 +257,12 @@ def from_tables(
         sections=sections,
         settings=fixed,
         sweep=sweep,
-        folder=folder,
+        folders=folders,
         given=explicit,
     )
 
 
-def _fill_strategy_defaults(tables: dict[str, Any], source: str) -> None:
+def _fill_strategy_defaults(tables: dict[str, Any], source: _Source) -> None:
     """A strategy may bring sections of its own (`defaults`); the file's keys win."""
     chosen = _resolve("strategy", tables["strategy"], source)
     for section, values in getattr(chosen.target, "defaults", {}).items():
@@ -247,17 +274,17 @@ def _fill_strategy_defaults(tables: dict[str, Any], source: str) -> None:
         tables[section].setdefault("name", name)
 
 
-def _resolve(section: str, values: Mapping[str, Any], source: str) -> registry.Resolved:
+def _resolve(section: str, values: Mapping[str, Any], source: _Source) -> registry.Resolved:
     name = values["name"]
     if not isinstance(name, str):
         raise UserError(f"{source}: [{section}] name must be a string")
     try:
         return registry.resolve(NAMED[section], name)
     except UserError as error:
-        raise UserError(f"{source}: [{section}] {error}") from error
+        raise UserError(f"{source.of(section, 'name')}: [{section}] {error}") from error
 
 
-def _named_section(section: str, values: Mapping[str, Any], source: str) -> Section:
+def _named_section(section: str, values: Mapping[str, Any], source: _Source) -> Section:
     resolved = _resolve(section, values, source)
     keys = {key: value for key, value in values.items() if key != "name"}
     common: dict[str, Any] = {}
@@ -270,18 +297,21 @@ def _named_section(section: str, values: Mapping[str, Any], source: str) -> Sect
     where = f"{section}] ({resolved.name}"
     for key in keys:
         if key not in known:
-            raise UserError(f"{source}: unknown key '{key}' in [{where}): {nearest(key, known)}")
+            place = source.of(section, key)
+            raise UserError(f"{place}: unknown key '{key}' in [{where}): {nearest(key, known)}")
     options = _check(registry.schema(resolved.target), {**keys, **resolved.fixed}, source, section)
     for key in resolved.fixed:
         options.pop(key)
     return Section(name=resolved.name, options=options, common=common)
 
 
-def _settings(section: str, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _settings(section: str, values: Mapping[str, Any], source: _Source) -> dict[str, Any]:
     return _check(registry.schema(settings.SETTINGS[section]), values, source, section)
 
 
-def _check(model: type[BaseModel], values: Mapping[str, Any], source: str, section: str) -> dict[str, Any]:
+def _check(
+    model: type[BaseModel], values: Mapping[str, Any], source: _Source, section: str
+) -> dict[str, Any]:
     """Validate one table; the first mistake becomes a UserError naming file, section and key."""
     from pydantic import ValidationError
 
@@ -292,12 +322,13 @@ def _check(model: type[BaseModel], values: Mapping[str, Any], source: str, secti
     return {key: getattr(checked, key) for key in model.model_fields if getattr(checked, key) is not None}
 
 
-def _explain(error: ValidationError, model: type[BaseModel], source: str, section: str) -> str:
+def _explain(error: ValidationError, model: type[BaseModel], source: _Source, section: str) -> str:
     problem = error.errors()[0]
     key = str(problem["loc"][0]) if problem["loc"] else "?"
-    place = f"{source}: [{section}] {key}" if section else f"{source}: {key}"
+    blamed = source.of(section, key) if section else source.of(key)
+    place = f"{blamed}: [{section}] {key}" if section else f"{blamed}: {key}"
     if problem["type"] == "extra_forbidden":
-        return f"{source}: unknown key '{key}' in [{section}]: {nearest(key, model.model_fields)}"
+        return f"{blamed}: unknown key '{key}' in [{section}]: {nearest(key, model.model_fields)}"
     if problem["type"] == "missing":
         return f"{place} is missing; add it to the file or give --set {section}.{key}=..."
     message = problem["msg"][0].lower() + problem["msg"][1:]
@@ -343,6 +374,8 @@ def overrides_of(values: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             found += [f"{key}.{inner}" for inner in overrides_of(value)]
+        elif value is None:
+            raise UserError(f"{key}: None cannot stand in an experiment; leave the key out")
         else:
             found.append(f"{key}={json.dumps(value)}")
     return found
@@ -356,7 +389,8 @@ def _apply(tables: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise UserError(f"--set {override}: '{part}' is a value, not a section")
         place = inner
-    if len(path) == 2 and path[-1] == "name" and place.get("name") != value:
+    now = place.get("name", DEFAULT_NAMES.get(path[0]))
+    if len(path) == 2 and path[-1] == "name" and now != value:
         # another object: the keys of the former one do not belong to it, those common to all do
         kept = registry.schema(settings.COMMON[path[0]]).model_fields if path[0] in settings.COMMON else {}
         for key in [key for key in place if key not in kept]:
@@ -364,11 +398,17 @@ def _apply(tables: dict[str, Any], override: str) -> None:
     place[path[-1]] = value
 
 
-def extend_path(folder: str) -> None:
-    """Append the experiment's folder and the current one to `sys.path` (never in front of ours)."""
-    for entry in (folder, str(Path.cwd())):
-        if entry and entry not in sys.path:
-            sys.path.append(entry)
+def extend_path(folders: Iterable[str]) -> None:
+    """Append folders to `sys.path`, behind everything that is installed (never in front of ours)."""
+    sys.path += [entry for entry in dict.fromkeys(folders) if entry not in sys.path and Path(entry).is_dir()]
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise UserError unless `name` is safe as the name of a folder."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(
+            f"{what} '{name}' must begin with a letter or digit and go on with letters, digits, . _ + -"
+        )
 
 
 def _copy(tables: Mapping[str, Any]) -> dict[str, Any]:

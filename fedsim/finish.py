@@ -93,10 +93,9 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
     Raises:
         UserError: the experiment cannot work as it is.
     """
-    with run.removed_if_unused():
-        inner = {name: baseline(experiment, name) for name in experiment.baselines}  # mistakes come first
-        if not run.finished:
-            _simulate(experiment, run, hooks)
+    inner = {name: baseline(experiment, name) for name in experiment.baselines}  # mistakes come first
+    if not run.finished:
+        _simulate(experiment, run, hooks)
     summary = run.summary()
     for name, other in inner.items():
         key = f"accuracy_{name.replace('-', '_')}"
@@ -131,13 +130,14 @@ def baseline(experiment: Experiment, name: str) -> Experiment:
     except UserError as error:
         raise UserError(f"baselines: {error}") from error
     keys = set(registry.schema(target).model_fields)
-    kept = {key: value for key, value in document["strategy"].items() if key in keys}
+    # what is asked of a federation's size is not asked of a baseline
+    kept = {k: v for k, v in document["strategy"].items() if k in keys and not k.startswith("min_")}
     document |= {"name": name, "baselines": [], "strategy": {**kept, "name": name}}
     if not document["evaluation"]["patience"]:
         document["evaluation"]["every"] = experiment.rounds  # only its end is compared
     for section, values in getattr(target, "defaults", {}).items():
         document[section] = {**document.get(section, {}), **values}
-    return config.from_tables(document, source=f"baseline {name}", folder=experiment.folder)
+    return config.from_tables(document, source=f"baseline {name}", folders=experiment.folders)
 
 
 def resume(folder: Path, hooks: Sequence[Hook] = ()) -> Result:

@@ -92,7 +92,7 @@ def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[st
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
                 f"[payload] personal: '{pattern}' matches nothing that changes under this tuning: "
-                f"{nearest(pattern, names[:12])}"
+                f"{nearest(pattern, names[:4])}"
             )
     mine = {n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)}
     return Selection(

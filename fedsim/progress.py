@@ -14,7 +14,7 @@ A hook only stores numbers; the display's own thread draws them a few times a se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -40,6 +40,7 @@ class _Board:
     title: str
     details: str
     rounds: int
+    baseline: bool = False
     done: int = 0
     phase: str = ""
     answered: int = 0
@@ -87,14 +88,15 @@ def _board(experiment: Experiment, first_round: int) -> _Board:
 class _Watcher(Hook):
     """What the displays share: which run is going on, and a limit on notices."""
 
-    def __init__(self, baselines: Collection[str] = ()) -> None:
-        self.baselines = baselines
+    def __init__(self, main: Experiment | None = None) -> None:
+        self._main = main.json() if main is not None else None
         self._boards: list[_Board] = []
         self._notices = 0
 
     def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
         self._boards.append(_board(experiment, first_round))
-        if first_round > 0 and not self._is_baseline(self._boards[-1]):
+        self._boards[-1].baseline = self._main is not None and experiment.json() != self._main
+        if first_round > 0 and not self._boards[-1].baseline:
             self.say(f"going on after round {first_round - 1}")
 
     def round(self, result: Round) -> None:
@@ -115,36 +117,33 @@ class _Watcher(Hook):
         """Print one line."""
         raise NotImplementedError
 
-    def _is_baseline(self, board: _Board) -> bool:
-        return board.title in self.baselines
-
 
 class PlainHook(_Watcher):
     """One plain line a round, for files and pipes; a baseline has one line at its end.
 
     Args:
         write: gets every line.
-        baselines: names of runs that are baselines of the main one.
+        main: the experiment that is run; others that start are its baselines.
     """
 
-    def __init__(self, write: Callable[[str], None], baselines: Collection[str] = ()) -> None:
-        super().__init__(baselines)
+    def __init__(self, write: Callable[[str], None], main: Experiment | None = None) -> None:
+        super().__init__(main)
         self.write = write
 
     def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
         super().start(experiment, first_round, cohort)
         board = self._boards[-1]
-        if not self._is_baseline(board):
+        if not board.baseline:
             self.write(f"{board.title}: {board.details} · {plural(board.rounds, 'round')}")
 
     def round(self, result: Round) -> None:
         super().round(result)
-        if not self._is_baseline(self._boards[-1]):
+        if not self._boards[-1].baseline:
             self.write(round_line(result, self._boards[-1].rounds))
 
     def finish(self, summary: dict[str, Any]) -> None:
         super().finish(summary)
-        if self._is_baseline(self._boards[-1]):
+        if self._boards[-1].baseline:
             took = human_seconds(summary["seconds"])
             self.write(f"{summary['name']}: accuracy {summary['accuracy']:.4f} after {took}")
 
@@ -170,8 +169,9 @@ def round_line(result: Round, rounds: int) -> str:
     elif result.train_loss is not None:
         parts.append(f"training loss {result.train_loss:.4f}")
     if result.number > 0:
-        refused = f" ({result.refused} refused)" if result.refused else ""
-        parts += [f"{plural(result.clients, 'client')}{refused}", f"up {human_bytes(result.bytes_up)}"]
+        asked = result.clients + result.refused
+        clients = f"{result.clients}/{asked} clients" if result.refused else plural(asked, "client")
+        parts += [clients, f"up {human_bytes(result.bytes_up)}"]
     return "  ".join([*parts, human_seconds(result.seconds)])
 
 
@@ -180,13 +180,13 @@ class LiveHook(_Watcher):
 
     Args:
         console: where to draw.
-        baselines: names of runs that are baselines of the main one: they get a compact line.
+        main: the experiment that is run; others that start are its baselines and get a compact line.
     """
 
-    def __init__(self, console: Console, baselines: Collection[str] = ()) -> None:
+    def __init__(self, console: Console, main: Experiment | None = None) -> None:
         from rich.live import Live
 
-        super().__init__(baselines)
+        super().__init__(main)
         self.console = console
         self._live = Live(
             get_renderable=self.__rich__, console=console, refresh_per_second=_REFRESHES, transient=True
@@ -209,7 +209,9 @@ class LiveHook(_Watcher):
         self._boards[-1].answered += 1
 
     def say(self, text: str) -> None:
-        self.console.print(f"[yellow]note[/]  {text}", highlight=False, soft_wrap=True)
+        from rich.markup import escape
+
+        self.console.print(f"[yellow]note[/]  {escape(text)}", highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Group:
         """The picture of this moment."""
@@ -220,7 +222,7 @@ class LiveHook(_Watcher):
         boards = list(self._boards)  # the run's thread may add one meanwhile
         if not boards:
             return Group(Text("loading data and model", style="dim"))
-        if not self._is_baseline(boards[0]):
+        if not boards[0].baseline:
             main = boards.pop(0)
             title = Text.assemble((main.title, "bold"), "  ", (main.details, "dim"))
             parts += [title, Text(), _rows(main)]

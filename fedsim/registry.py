@@ -96,7 +96,10 @@ def resolve(kind: str, name: str) -> Resolved:
         return Resolved(name, target, {next(iter(_user_parameters(target))): rest})
     if colon:
         try:
-            return Resolved(name, load(name), {})
+            found = load(name)
+            if not callable(found):
+                raise UserError(f"'{name}' is a {type(found).__name__}, not a class or function")
+            return Resolved(name, found, {})
         except (ImportError, AttributeError) as error:
             raise UserError(
                 f"cannot import '{name}' ({error}); the form is 'package.module:Name' and the module "

@@ -36,6 +36,9 @@ def default_folder() -> Path:
     return Path(os.environ.get("FEDSIM_RUNS", "runs"))
 
 
+_REPLACED = ".replaced"  #: where a new run keeps the one that it replaces, until its end
+
+
 class Run:
     """One run folder."""
 
@@ -45,32 +48,69 @@ class Run:
     # ---------------------------------------------------------------------------- make and find
 
     @classmethod
-    def create(cls, experiment: Experiment, parent: Path | None = None, *, overwrite: bool = False) -> Run:
-        """Make a new folder named like the experiment (`-2`, `-3`, ... when the name is taken).
-
-        Args:
-            overwrite: delete the folder of that name instead.
-        """
+    def create(cls, experiment: Experiment, parent: Path | None = None) -> Run:
+        """Make a new folder named like the experiment (`-2`, `-3`, ... when the name is taken)."""
         parent = parent or default_folder()
-        parent.mkdir(parents=True, exist_ok=True)
-        base = parent / experiment.name
-        if overwrite and base.exists():
-            with Run(base).lock():
-                shutil.rmtree(base)
-        # made whole under another name, so that nobody ever sees half a run folder
-        made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{experiment.name}."))
-        (made / "experiment.toml").write_text(experiment.toml(), "utf-8")
-        (made / "origin.json").write_text(json.dumps({"folder": experiment.folder}), "utf-8")
-        made.chmod(0o755)
-        for folder in _names(base):
+        made = cls._unnamed(experiment, parent)
+        for folder in _names(parent / experiment.name):
             try:
                 made.rename(folder)  # fails where a folder with contents is
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
             else:
                 return cls(folder)
         raise AssertionError("unreachable")
+
+    @classmethod
+    @contextmanager
+    def fresh(
+        cls, experiment: Experiment, parent: Path | None = None, *, overwrite: bool = False
+    ) -> Iterator[Run]:
+        """A new run folder that vanishes again if the run fails before its first round.
+
+        Args:
+            overwrite: replace the run of that name; it comes back if the new one fails before its first
+                round, and is deleted when the block ends well.
+
+        Raises:
+            UserError: what is to be replaced is no run folder, or is in use.
+        """
+        target = (parent or default_folder()) / experiment.name
+        run = cls._replacing(experiment, target) if overwrite and target.exists() else None
+        run = run or cls.create(experiment, parent)
+        replaced = run.folder / _REPLACED
+        try:
+            yield run
+        except Exception:
+            if not (run.folder / "metrics.jsonl").exists():
+                if replaced.exists():
+                    aside = run.folder.with_name(f".{run.folder.name}.failed")
+                    run.folder.rename(aside)
+                    (aside / _REPLACED).rename(run.folder)
+                    run = cls(aside)
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    @classmethod
+    def _replacing(cls, experiment: Experiment, target: Path) -> Run:
+        """A new folder in the place of an old run, which it holds until it is sure to be worth it."""
+        with cls.open(target).lock():
+            made = cls._unnamed(experiment, target.parent)
+            target.rename(made / _REPLACED)
+            made.rename(target)
+        return cls(target)
+
+    @staticmethod
+    def _unnamed(experiment: Experiment, parent: Path) -> Path:
+        """Made whole under a hidden name, so that nobody ever sees half a run folder."""
+        parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{experiment.name}."))
+        (made / "experiment.toml").write_text(experiment.toml(), "utf-8")
+        (made / "origin.json").write_text(json.dumps({"folders": experiment.folders}), "utf-8")
+        made.chmod(0o755)
+        return made
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -84,24 +124,10 @@ class Run:
         return cls(folder)
 
     def experiment(self) -> Experiment:
-        """The experiment that this folder records."""
-        origin = json.loads((self.folder / "origin.json").read_text("utf-8"))
-        loaded = config.load(self.folder / "experiment.toml")
-        if origin.get("folder"):
-            return config.from_tables(
-                loaded.given, source=str(self.folder / "experiment.toml"), folder=origin["folder"]
-            )
-        return loaded
-
-    @contextmanager
-    def removed_if_unused(self) -> Iterator[None]:
-        """A run that fails before its first round leaves no folder."""
-        try:
-            yield
-        except Exception:
-            if not (self.folder / "metrics.jsonl").exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+        """The experiment that this folder records (its modules and data are looked up where they were)."""
+        path = self.folder / "experiment.toml"
+        folders = json.loads((self.folder / "origin.json").read_text("utf-8"))["folders"]
+        return config.from_tables(config.read(path), source=str(path), folders=folders)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

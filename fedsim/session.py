@@ -107,10 +107,10 @@ class Session:
 
         with _flwr.quiet(not self.verbose):
             if self.console.is_terminal and not self.verbose:
-                with LiveHook(self.console, experiment.baselines) as hook:
+                with LiveHook(self.console, experiment) as hook:
                     yield [hook]
             else:
-                yield [PlainHook(self._plain, experiment.baselines)]
+                yield [PlainHook(self._plain, experiment)]
 
     def _plain(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -157,8 +157,7 @@ class Sweep:
     ) -> Sweep:
         """The sweep `name` (default: the experiment's name and `-sweep`) in the folder of runs."""
         chosen = name or f"{base.name}-sweep"
-        if not re.fullmatch(r"[\w.+-]+", chosen):
-            raise UserError(f"--name {chosen}: use letters, digits, '.', '_', '+', '-'")
+        config.check_name(chosen, "--name")
         merged = {**base.sweep, **grid}
         return cls((parent or default_folder()) / chosen, base, merged)
 
@@ -206,8 +205,8 @@ class Sweep:
         name = cell.experiment.name
         try:
             run = Run(parent / name)
-            if not (run.folder / "experiment.toml").is_file():  # not there, or interrupted while it was made
-                run = Run.create(cell.experiment, parent, overwrite=True)
+            if not run.folder.exists():
+                run = Run.create(cell.experiment, parent)
             with watch(cell) as hooks:
                 summary = run_experiment(cell.experiment, run, hooks).summary
         except Exception as error:

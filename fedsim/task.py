@@ -177,7 +177,6 @@ def build(experiment: Experiment) -> Task:
 def load_data(experiment: Experiment) -> FederatedData:
     """The experiment's federated data."""
     partition, source = experiment["partition"], experiment["data"]
-    folders = [Path(experiment.folder)] if experiment.folder else []
     return federated.load(
         source.name,
         dict(source.options),
@@ -188,7 +187,7 @@ def load_data(experiment: Experiment) -> FederatedData:
         pooled=partition.common["pooled"],
         validation=experiment.settings["evaluation"]["validation"],
         seed=experiment.seed,
-        roots=[*folders, Path.cwd()],
+        roots=[*map(Path, experiment.folders), Path.cwd()],
     )
 
 

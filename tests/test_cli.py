@@ -83,7 +83,7 @@ MISTAKES = {
     "partition.shots=5000": ["[partition] shots = 5000", "give at most"],
     "partition.name=dirichlet": ["[partition] alpha is missing", "--set partition.alpha"],
     "partition.name=dirichlet;partition.alpha=0": ["[partition] alpha", "greater than 0"],
-    "data.name=npz:none.npz": ["no file", "none.npz"],
+    "data.name=npz:none.npz": ["there is no 'none.npz'", "none.npz"],
     "strategy.name=flwr-fedavg;strategy.min_available_nodes=50": ["min_available_nodes = 50", "to 4 or less"],
     "strategy.min_clients=9": ["min_clients = 9", "raise partition.clients"],
     "baselines=['fedtun']": ["baseline", "did you mean 'fedtune'?"],
@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line_with_the_fix(mistake: str, fedsim: Invoke, file: 
         (["sweep", "tiny.toml"], ["nothing to sweep over", "--grid seed=0,1,2"]),
         (["sweep", "tiny.toml", "--grid", "seed"], ["--grid seed", "KEY=VALUE,VALUE"]),
         (["sweep", "tiny.toml", "--grid", "client.lrr=1,2"], ["cell client.lrr=1", "did you mean 'lr'?"]),
-        (["sweep", "tiny.toml", "--grid", "seed=0", "--name", "a/b"], ["--name a/b"]),
+        (["sweep", "tiny.toml", "--grid", "seed=0", "--name", "a/b"], ["--name 'a/b'"]),
     ],
 )
 def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim: Invoke, file: Path) -> None:

@@ -46,7 +46,8 @@ def test_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("client.epochs=true", "epochs: input should be"),
         ("sedd=3", "unknown key or section 'sedd': did you mean 'seed'"),
         ("evaluation.evry=3", r"unknown key 'evry' in \[evaluation\]: did you mean 'every'"),
-        ("name=a/b", "must be letters"),
+        ("name=a/b", "must begin with a letter or digit"),
+        ("strategy.name=os:path", "'os:path' is a module, not a class or function"),
         ("rounds", "expected KEY=VALUE"),
         ("rounds.x=1", "'rounds' is a value, not a section"),
         ("client.name=nowhere.module:make", "cannot import 'nowhere.module:make'"),
@@ -56,6 +57,8 @@ def test_mistakes(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         config.load("quickstart", [override])
     assert "\n" not in str(caught.value)
+    if "=" in override:
+        assert override in str(caught.value).partition(": ")[0], "the override is blamed, not the file"
 
 
 def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
@@ -85,6 +88,13 @@ def test_another_name_drops_the_keys_of_the_former_object_and_keeps_the_common_o
     loaded = config.load("quickstart", ["partition.name=iid"])
     assert "alpha" not in loaded["partition"].options
     assert loaded["partition"].common["clients"] == 10
+
+
+def test_the_order_of_overrides_does_not_matter() -> None:
+    for overrides in (["client.lr=0.5", "client.name=standard"], ["client.name=standard", "client.lr=0.5"]):
+        options = config.load("quickstart", overrides)["client"].options
+        assert options["lr"] == 0.5
+        assert options["optimizer"] == "adamw", "the name was the default already: the file's keys stay"
 
 
 def test_strategy_defaults_fill_and_the_file_wins(tmp_path: Path) -> None:

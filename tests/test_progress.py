@@ -64,14 +64,14 @@ def test_a_round_is_one_line_of_80_columns() -> None:
         "round  3/10  accuracy 0.5000  loss 1.2500  4 clients  up 1.5 kB  0.2 s"
     )
     assert round_line(Round(3, train_loss=0.5, clients=4, refused=1), 3) == (
-        "round 3/3  training loss 0.5000  4 clients (1 refused)  up 0 B  0.0 s"
+        "round 3/3  training loss 0.5000  4/5 clients  up 0 B  0.0 s"
     )
 
 
 def test_plain_lines_of_a_run_and_its_baseline(tmp_path: Path) -> None:
     lines: list[str] = []
     experiment = tiny("rounds=2", baselines=["local-only"])
-    result = run(experiment, tmp_path, PlainHook(lines.append, experiment.baselines))
+    result = run(experiment, tmp_path, PlainHook(lines.append, experiment))
     assert lines[0] == "tiny: fedavg · mlp · full · 4 clients · 2 rounds"
     assert [line[:9] for line in lines[1:4]] == ["round 0/2", "round 1/2", "round 2/2"]
     assert lines[4].startswith(f"local-only: accuracy {result.summary['accuracy_local_only']:.4f} after ")
@@ -106,7 +106,7 @@ def test_log_lines_are_flushed_one_by_one(capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_live_display_fits_and_shows_where_the_run_is() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=25)
-    hook = LiveHook(console, baselines=["local-only"])
+    hook = LiveHook(console, tiny("rounds=100"))
     assert "loading" in _picture(hook)
     hook.start(tiny("rounds=100"), 0, 4)
     for number in range(60):
@@ -135,8 +135,8 @@ def test_the_live_display_vanishes_and_leaves_notices() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with LiveHook(console) as hook:
         hook.start(tiny(), 0, 4)
-        hook.notice("client 3 is late")
-    assert "client 3 is late" in console.file.getvalue()  # type: ignore[attr-defined]
+        hook.notice("client 3 is late [/no markup]")
+    assert "client 3 is late [/no markup]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_reply_costs_microseconds() -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedsim import config
 from fedsim.errors import NotEnoughReplies, UserError
-from fedsim.finish import resume
+from fedsim.finish import resume, run_experiment
 from fedsim.hooks import Hook
 from fedsim.rounds import lr_scale
 from fedsim.runs import Run
@@ -131,9 +132,6 @@ def test_a_name_that_is_taken_gets_a_suffix(tmp_path: Path) -> None:
     experiment = tiny("rounds=1")
     names = [Path(run(experiment, tmp_path).summary["run"]).name for _ in range(3)]
     assert names == ["tiny", "tiny-2", "tiny-3"]
-    replaced = Run.create(experiment, tmp_path, overwrite=True)
-    assert replaced.folder.name == "tiny"
-    assert not replaced.finished
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
@@ -227,3 +225,73 @@ def test_schedules_are_functions_of_the_global_round() -> None:
     )
     assert [lr_scale({**base, "kind": "step"}, r, 6) for r in range(1, 7)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     assert [lr_scale({**base, "warmup": 3}, r, 9) for r in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_overwrite_replaces_a_run_only_once_the_new_one_is_there(tmp_path: Path) -> None:
+    old = run(tiny("rounds=1"), tmp_path).summary
+    with pytest.raises(ValueError, match="nothing yet"), Run.fresh(tiny(), tmp_path, overwrite=True):
+        raise ValueError("nothing yet")
+    assert Run.open(tmp_path / "tiny").summary() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+    with Run.fresh(tiny("rounds=2"), tmp_path, overwrite=True) as made:
+        new = run_experiment(tiny("rounds=2"), made).summary
+    assert Run.open(tmp_path / "tiny").summary() == new
+    assert new["rounds"] == 2
+    assert not (tmp_path / "tiny" / ".replaced").exists()
+
+
+def test_overwrite_never_deletes_what_is_no_run(tmp_path: Path) -> None:
+    precious = tmp_path / "tiny" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("x")
+    with pytest.raises(UserError, match="is no run folder"), Run.fresh(tiny(), tmp_path, overwrite=True):
+        pass
+    assert precious.exists()
+    for name in (".", "..", ".hidden", "-x", "a/b", ""):
+        with pytest.raises(UserError, match="must begin with a letter or digit"):
+            tiny(f"name={json.dumps(name)}")
+
+
+def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path: Path) -> None:
+    experiment = tiny("partition.shots=5000")
+    with pytest.raises(UserError, match="shots"), Run.fresh(experiment, tmp_path) as made:
+        run_experiment(experiment, made)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_a_run_in_use_leaves_it_alone(tmp_path: Path) -> None:
+    made = Run.create(tiny(), tmp_path)
+    with made.lock(), pytest.raises(UserError, match="in use"):
+        resume(made.folder)
+    assert (made.folder / "experiment.toml").exists()
+
+
+def test_a_run_is_resumed_from_anywhere_with_the_users_own_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "my_resumed_strategy.py").write_text(
+        "from fedsim.averaging import WeightedAverage\nclass Mine(WeightedAverage):\n    'Mine.'\n"
+    )
+    (home / "mine.toml").write_text(
+        'name = "mine"\nrounds = 2\n[model]\nname = "mlp"\n'
+        '[strategy]\nname = "my_resumed_strategy:Mine"\n'
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(config.load(home / "mine.toml"), tmp_path / "runs", StopAt(1))
+    monkeypatch.delitem(sys.modules, "my_resumed_strategy")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(home)])
+    monkeypatch.chdir(tmp_path)
+    assert resume(tmp_path / "runs" / "mine").summary["rounds"] == 2
+
+
+def test_baselines_do_not_inherit_the_size_of_the_federation(tmp_path: Path) -> None:
+    experiment = tiny(
+        "rounds=1",
+        "strategy.min_clients=3",
+        "strategy.min_replies=3",
+        baselines=["centralised", "local-only"],
+    )
+    summary = run(experiment, tmp_path).summary
+    assert {"accuracy_centralised", "accuracy_local_only"} <= set(summary)

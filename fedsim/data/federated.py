@@ -184,6 +184,7 @@ def draw_split(counts: Integers, classes: Sequence[str], path: str | os.PathLike
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     shown = counts[:_DRAWN_CLIENTS]
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -197,8 +198,8 @@ def draw_split(counts: Integers, classes: Sequence[str], path: str | os.PathLike
         floor += shown[:, column]
     note = f" (the first {len(shown)} of {len(counts)})" if len(shown) < len(counts) else ""
     axes.set(xlabel=f"client{note}", ylabel="training samples", xlim=(-0.6, len(shown) - 0.4))
-    axes.margins(y=0.05)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(0, 1.05 * max(int(floor.max()), 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(classes) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
     figure.savefig(path, dpi=120)

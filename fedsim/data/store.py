@@ -91,9 +91,17 @@ def code_stamp(target: Callable[..., Any]) -> list[Any]:
 
 
 def _find(path: str, roots: Sequence[Path]) -> Path:
-    """The first existing `root / path`; the path itself if there is none (its reader says so)."""
-    candidates = [root / Path(path).expanduser() for root in roots or [Path.cwd()]]
-    return next((found.resolve() for found in candidates if found.exists()), candidates[0])
+    """The first existing `root / path`.
+
+    Raises:
+        UserError: there is none; says where it was looked for.
+    """
+    candidates = list(dict.fromkeys(root / Path(path).expanduser() for root in roots or [Path.cwd()]))
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate.resolve()
+    places = ", ".join(str(candidate) for candidate in candidates)
+    raise UserError(f"[data] path: there is no '{path}' (looked for {places})")
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -14,7 +14,7 @@ from flwr.serverapp import ServerApp
 
 from fedsim import _flwr, registry
 from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest
 
 _running = threading.Lock()
 
@@ -52,12 +52,16 @@ def simulate(
     """
     if num_clients < 1:
         raise UserError(f"num_clients must be at least 1 (got {num_clients})")
+    resolved = registry.resolve("engines", engine)
+    known = registry.schema(resolved.target).model_fields
+    for key in engine_options:
+        if key not in known:
+            raise UserError(f"engine '{engine}' has no option '{key}': {nearest(key, known)}")
     if not _running.acquire(blocking=False):
         raise UserError("a simulation is already running in this process; start the second one in its own")
     try:
         run_id = 1 + derive_seed("run", seed, os.getpid()) % (2**31)
         python = random.getstate()
-        resolved = registry.resolve("engines", engine)
         grid: BaseGrid = resolved.target(client_app, num_clients, seed, run_config, **engine_options)
         grid.set_run(_flwr.Run.create_empty(run_id))
         if prepare is not None:
