@@ -119,8 +119,13 @@ def make_server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        chosen = experiment if experiment is not None else experiment_of(context.run_config)
-        serve(chosen, grid, run, hooks)
+        try:
+            chosen = experiment if experiment is not None else experiment_of(context.run_config)
+            serve(chosen, grid, run, hooks)
+        except UserError as error:
+            if experiment is None:  # Flower buries the message in a traceback
+                print(f"error: {error}", flush=True)
+            raise
 
     return app
 

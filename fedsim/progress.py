@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -156,6 +157,12 @@ class LogHook(PlainHook):
 
     def __init__(self) -> None:
         super().__init__(lambda line: print(line, flush=True))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        super().finish(summary)
+        start, end = summary["accuracy_start"], summary["accuracy"]
+        self.write(f"finished: accuracy {start:.4f} -> {end:.4f}, digest {summary['digest'][:16]}")
+        self.write(f"run folder: {Path(summary['run']).resolve()}")
 
 
 def round_line(result: Round, rounds: int) -> str:

@@ -242,6 +242,8 @@ class Loop:
 
     def _begin(self) -> Progress:
         tree, notices = self.run.latest_checkpoint()
+        for text in notices:
+            self._tell("notice", text)
         if tree is not None:
             progress = self._resume(tree)
             self.run.truncate(progress.server_round)
@@ -250,8 +252,6 @@ class Loop:
             if self.run.history():
                 self._tell("notice", "no checkpoint to resume from: starting again at round 0")
                 self.run.truncate(-1)
-        for text in notices:
-            self._tell("notice", text)
         return progress
 
     def _resume(self, tree: dict[str, Any]) -> Progress:

@@ -119,14 +119,15 @@ class Run:
         Raises:
             UserError: it is none.
         """
-        if not (folder / "experiment.toml").is_file():
-            raise UserError(f"{folder} is no run folder (it has no experiment.toml)")
+        for name in ("experiment.toml", "origin.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} is no run folder (it has no {name})")
         return cls(folder)
 
     def experiment(self) -> Experiment:
         """The experiment that this folder records (its modules and data are looked up where they were)."""
         path = self.folder / "experiment.toml"
-        folders = json.loads((self.folder / "origin.json").read_text("utf-8"))["folders"]
+        folders = _read_json(self.folder / "origin.json").get("folders", [])
         return config.from_tables(config.read(path), source=str(path), folders=folders)
 
     @contextmanager
@@ -158,8 +159,7 @@ class Run:
         """
         if not self.finished:
             raise UserError(f"{self.folder} is not finished; fedsim resume {self.folder}")
-        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text("utf-8"))
-        return summary
+        return _read_json(self.folder / "summary.json")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
@@ -192,7 +192,7 @@ class Run:
             try:
                 return load(path), notices
             except UserError as error:
-                notices.append(f"{error}; using the checkpoint before it")
+                notices.append(f"{error}; trying the checkpoint before it")
         return None, notices
 
     def truncate(self, last_round: int) -> None:
@@ -209,6 +209,14 @@ def _names(base: Path) -> Iterator[Path]:
     while True:
         yield base.with_name(f"{base.name}-{number}")
         number += 1
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and resume, or start a new run") from error
+    return found
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

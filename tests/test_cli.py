@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
     newest.write_bytes(newest.read_bytes()[:-100])
     result = fedsim("resume", folder, "--json")
     assert "round-00002.safetensors: damaged" in result.stderr
-    assert "using the checkpoint before it" in result.stderr
+    assert "trying the checkpoint before it" in result.stderr
     assert json.loads(result.stdout)["digest"] == whole["digest"]
 
 

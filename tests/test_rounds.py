@@ -108,7 +108,7 @@ def test_a_truncated_checkpoint_is_skipped_and_said(tmp_path: Path) -> None:
     newest.write_bytes(newest.read_bytes()[:-10])
     notices = Notices()
     assert resume(folder, [notices]).summary["digest"] == whole.summary["digest"]
-    assert any("round-00002" in text and "the checkpoint before it" in text for text in notices.texts)
+    assert any("round-00002" in text and "trying the checkpoint before it" in text for text in notices.texts)
 
 
 def test_a_checkpoint_of_another_experiment_is_refused(tmp_path: Path) -> None:
@@ -275,8 +275,7 @@ def test_a_run_is_resumed_from_anywhere_with_the_users_own_modules(
         "from fedsim.averaging import WeightedAverage\nclass Mine(WeightedAverage):\n    'Mine.'\n"
     )
     (home / "mine.toml").write_text(
-        'name = "mine"\nrounds = 2\n[model]\nname = "mlp"\n'
-        '[strategy]\nname = "my_resumed_strategy:Mine"\n'
+        'name = "mine"\nrounds = 2\n[model]\nname = "mlp"\n[strategy]\nname = "my_resumed_strategy:Mine"\n'
     )
     with pytest.raises(KeyboardInterrupt):
         run(config.load(home / "mine.toml"), tmp_path / "runs", StopAt(1))
