@@ -301,7 +301,10 @@ def _metrics(message: Message) -> MetricRecord:
 def _too_few(
     server_round: int, good: int, needed: int, refused: Mapping[int, str], silent: Sequence[int]
 ) -> str:
-    lines = [f"round {server_round}: {good} usable replies, the strategy needs {needed} (min_replies)"]
+    first = f"round {server_round}: {good} usable replies, the strategy needs {needed} (min_replies)"
+    if any("NaN" in reason for reason in refused.values()):
+        first += "; training diverges: lower client.lr or set client.clip"
+    lines = [first]
     lines += [f"  client {client}: {reason.splitlines()[0]}" for client, reason in list(refused.items())[:5]]
     if len(refused) > 5:
         lines.append(f"  and {len(refused) - 5} more")

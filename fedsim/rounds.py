@@ -109,9 +109,13 @@ class Loop:
     def _train(self, progress: Progress, number: int) -> Round:
         config = self._config(number)
         out = list(self.strategy.configure_train(number, progress.arrays, config, self.grid))
+        if not out:
+            raise UserError(
+                f"round {number}: the strategy asks no client to train; check its fraction of clients"
+            )
         replies = self._exchange("train", number, out, progress)
         failed = {self._who(m): m.error.reason or "" for m in replies if m.has_error()}
-        if out and len(failed) == len(replies):
+        if len(failed) == len(replies):
             reason = next(iter(failed.values()), None) or "no reply arrived in time"
             said = f"round {number}: no client could train; the first says: {_first_line(reason)}"
             raise NotEnoughReplies(said) from RuntimeError(reason)  # --debug shows the client's traceback

@@ -294,3 +294,13 @@ def test_baselines_do_not_inherit_the_size_of_the_federation(tmp_path: Path) -> 
     )
     summary = run(experiment, tmp_path).summary
     assert {"accuracy_centralised", "accuracy_local_only"} <= set(summary)
+
+
+def test_a_diverging_run_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughReplies, match=r"training diverges: lower client\.lr or set client\.clip"):
+        run(tiny("client.lr=1e30", "rounds=5"), tmp_path)
+
+
+def test_a_strategy_that_asks_nobody_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="asks no client to train"):
+        run(tiny(strategy={"name": "flwr-fedavg", "fraction_train": 0.0}), tmp_path)

@@ -16,6 +16,7 @@ import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -161,8 +162,18 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch is None:
+        return
+    if _has_accelerator():
         torch.manual_seed(seed)
+    else:
+        # torch.manual_seed would keep a formatted stack for a device that is not there: 0.7 ms a call
+        torch.default_generator.manual_seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return bool(sys.modules["torch"].accelerator.is_available())
 
 
 def answer(
