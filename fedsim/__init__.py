@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fedsim.environment  # noqa: F401  (switches that libraries read when they are imported)
+
 if TYPE_CHECKING:
     from fedsim.engine.simulate import simulate
     from fedsim.finish import Result

@@ -7,23 +7,14 @@ fails loudly when a new Flower moves one of these names.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from io import BytesIO
 from typing import Any
 
-# Before the first import of flwr: no telemetry, no update check, no usage statistics from our runs.
-for _switch, _value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}.items():
-    os.environ.setdefault(_switch, _value)
-
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -52,6 +43,7 @@ __all__ = [
     "quiet",
     "set_message_id",
     "with_content",
+    "with_error",
 ]
 
 
@@ -146,6 +138,12 @@ def _array_record(arrays: dict[str, Array]) -> ArrayRecord:
 def with_content(message: Message, content: RecordDict) -> Message:
     """The same message (same metadata) with another content."""
     return Message(content, metadata=message.metadata)  # type: ignore[call-overload, no-any-return]
+
+
+def with_error(message: Message, reason: str) -> Message:
+    """The same message (same metadata) as an error reply."""
+    error = Error(ErrorCode.UNKNOWN, reason)
+    return Message(error, metadata=message.metadata)  # type: ignore[call-overload, no-any-return]
 
 
 def set_message_id(message: Message, message_id: str) -> None:

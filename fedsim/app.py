@@ -154,6 +154,9 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
     from fedsim.wire import WireGrid
 
     foreign = not isinstance(grid, BaseGrid)
+    # a second run of this process must see data and modules as they are now
+    tasks.cached.cache_clear()
+    _client.cache_clear()
     with running(experiment, derive_seed("server", experiment.seed)):
         task = tasks.cached(experiment.json())
         strategy = experiment.build("strategy")

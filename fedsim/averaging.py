@@ -92,7 +92,7 @@ def _plus(left: WeightedSum | None, right: WeightedSum | None) -> WeightedSum | 
 def weighted_metrics(replies: Sequence[MetricRecord]) -> MetricRecord:
     """Example-weighted mean of every metric that all replies have; `num-examples` is summed.
 
-    Lists are averaged element by element.
+    Lists are averaged element by element; a metric whose lists differ in length is left out.
     """
     weights = np.array([float(m[messages.EXAMPLES]) for m in replies])  # type: ignore[arg-type]
     total = float(weights.sum())
@@ -101,6 +101,8 @@ def weighted_metrics(replies: Sequence[MetricRecord]) -> MetricRecord:
     found: dict[str, Any] = {}
     for key in replies[0]:
         if key == messages.EXAMPLES or not all(key in m for m in replies):
+            continue
+        if len({np.shape(m[key]) for m in replies}) > 1:
             continue
         stacked = np.array([m[key] for m in replies], dtype=np.float64)
         found[key] = (np.tensordot(weights, stacked, axes=1) / total).tolist()
@@ -163,7 +165,7 @@ class WeightedAverage(Strategy):
             replies: (client, reply) pairs.
             like: the arrays sent out, for names, order and dtypes.
         """
-        position = {client: i for i, client in enumerate(self._cohort(replies))}
+        position = {client: i for i, client in enumerate(self._current().cohort)}
         tree, at = TreeSum(), 0
         for client, message in replies:
             for _ in range(position[client] - at):
@@ -250,8 +252,12 @@ class WeightedAverage(Strategy):
         current = self._current()
         good: list[tuple[int, Message]] = []
         refused: dict[int, str] = {}
+        asked = set(current.cohort)
         for client, message in messages.by_client(replies, current.who):
             reason = messages.complaint(message, like)
+            if client not in asked:
+                reason = "it was not asked, or it answered twice"
+            asked.discard(client)
             if reason is None:
                 good.append((client, message))
             else:
@@ -271,9 +277,6 @@ class WeightedAverage(Strategy):
         if self._round is None:
             raise UserError("aggregate_train was called before configure_train")
         return self._round
-
-    def _cohort(self, replies: Sequence[tuple[int, Message]]) -> Sequence[int]:
-        return self._current().cohort
 
 
 @dataclass

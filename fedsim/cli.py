@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -226,6 +227,9 @@ def doctor(debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry point of the `fedsim` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun

@@ -39,7 +39,7 @@ def comparison(runs: Sequence[Run]) -> Group:
         parts += [Text(), _settings(labels, found)]
     else:
         parts += [Text(), Text("the experiments are the same", style="dim")]
-    same = len({summary["digest"] for summary in summaries}) == 1
+    same = len({(summary["digest"], summary.get("digest_personal")) for summary in summaries}) == 1
     parts += [Text(), Text(f"final states: {'identical' if same else 'different'}", style="dim")]
     return Group(*parts)
 

@@ -1,7 +1,7 @@
 """A run's model as files for other programs: safetensors always, an open_clip folder for a CLIP.
 
 <out>/model.safetensors   the whole tuned model (frozen parts included), names as in the model
-      classes.json        class names in the order of the logits
+      model.json          class names in the order of the logits, shape of a sample
       experiment.toml     what made it
       open_clip/          the CLIP as open_clip reads it (CLIP models only)
       README.md           how to load all this
@@ -10,33 +10,32 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.checkpoints import write_atomic
 from fedsim.errors import UserError
+from fedsim.files import write_atomic
 from fedsim.runs import Run
 from fedsim.version import fedsim_version
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
+    from fedsim.models.base import Classifier
     from fedsim.task import Task
 
+_ABOUT = "model.json"  #: classes, shape of a sample, where modules are looked up
 _README = """\
 # {name}: {state}
 
 {strategy} on {data}, {clients} clients, written by fedsim {version}.
 
 ```python
-import tomllib
-from safetensors.torch import load_file
-from fedsim import config, task
+from fedsim.export import load_model
 
-tables = tomllib.load(open("experiment.toml", "rb"))
-model = task.build(config.from_tables(tables, source="experiment.toml")).model
-model.load_state_dict(load_file("model.safetensors"))
-model.eval()  # images as stored in, logits in the order of classes.json out
+model = load_model("{folder}")  # no data needed
+logits = model(images)  # images as stored: uint8 or float32 {shape}; classes are in model.json
 ```
 """
 _OPEN_CLIP = """
@@ -76,10 +75,15 @@ def export(run: Run, out: Path) -> dict[str, Any]:
         raise UserError(f"{run.folder}: the state does not fit the experiment's model: {error}") from error
     tensors = {key: value.detach().cpu().clone() for key, value in task.model.state_dict().items()}
     write_atomic(out / "model.safetensors", save(tensors))
-    classes = list(task.data.info.classes)
-    write_atomic(out / "classes.json", (json.dumps(classes, ensure_ascii=False) + "\n").encode())
+    info = task.data.info
+    about = {
+        "classes": info.classes,
+        "sample_shape": info.sample_shape,
+        "folders": experiment.folders,
+    }
+    write_atomic(out / _ABOUT, (json.dumps(about, ensure_ascii=False, indent=2) + "\n").encode())
     write_atomic(out / "experiment.toml", experiment.toml().encode())
-    files = ["model.safetensors", "classes.json", "experiment.toml", "README.md"]
+    files = ["model.safetensors", _ABOUT, "experiment.toml", "README.md"]
     text = _README.format(
         name=experiment.name,
         state=state,
@@ -87,12 +91,48 @@ def export(run: Run, out: Path) -> dict[str, Any]:
         data=experiment["data"].name,
         clients=experiment.clients,
         version=fedsim_version(),
+        folder=out,
+        shape=["n", *info.sample_shape],
     )
     if _write_open_clip(task, out / "open_clip"):
         files.insert(3, "open_clip/")
         text += _OPEN_CLIP
     write_atomic(out / "README.md", text.encode())
     return {"folder": str(out), "files": files, "state": state, "notices": _notices(run, task, state)}
+
+
+def load_model(folder: str | os.PathLike[str]) -> Classifier:
+    """The model of an exported run, in eval mode; neither the run nor its data are needed.
+
+    Args:
+        folder: what `fedsim export` wrote.
+
+    Returns:
+        Maps inputs as stored [n, *sample_shape] to logits [n, classes].
+
+    Raises:
+        UserError: the folder is no export.
+    """
+    from safetensors.torch import load_file
+
+    from fedsim import config
+    from fedsim.models.base import DataInfo
+    from fedsim.task import build_model
+
+    place = Path(folder)
+    try:
+        about = json.loads((place / _ABOUT).read_text("utf-8"))
+        tensors = load_file(place / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{place} is no export of a run ({error}); make one with: fedsim export RUN"
+        ) from error
+    path = place / "experiment.toml"
+    experiment = config.from_tables(config.read(path), source=str(path), folders=about["folders"])
+    model = build_model(experiment, DataInfo(tuple(about["classes"]), tuple(about["sample_shape"])))
+    model.load_state_dict(tensors)
+    model.eval()
+    return model
 
 
 def _state(run: Run) -> tuple[ArrayRecord, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from fedsim.runs import Run
 
 if TYPE_CHECKING:
     import pandas
+    from flwr.app import RecordDict
 
     from fedsim.rounds import Loop, Progress
 
@@ -58,7 +59,8 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
     from safetensors.numpy import save
 
     from fedsim import messages, payload
-    from fedsim.checkpoints import load, write_atomic
+    from fedsim.checkpoints import load
+    from fedsim.files import write_atomic
 
     experiment, run = loop.experiment, loop.run
     best = run.folder / "checkpoints" / "best.safetensors"
@@ -83,8 +85,23 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         "digest": payload.digest(values),
         "run": str(run.folder),
     }
+    states = getattr(loop.grid, "states", {})
+    if states:
+        summary["digest_personal"] = payload.digest(_personal_arrays(states))
     run.write_summary(summary)
     return summary
+
+
+def _personal_arrays(states: Mapping[int, RecordDict]) -> dict[str, Any]:
+    """All arrays that clients keep, as client/record/name."""
+    from fedsim.messages import views_of
+
+    return {
+        f"{client}/{key}/{name}": array
+        for client, state in states.items()
+        for key, record in state.array_records.items()
+        for name, array in views_of(record).items()
+    }
 
 
 def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ()) -> Result:

@@ -48,8 +48,8 @@ class Round:
 class Hook:
     """Watches a run; every method does nothing unless overridden."""
 
-    def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
-        """The run begins (or goes on) before round `first_round`; about `cohort` clients train a round."""
+    def start(self, experiment: Experiment, first_round: int) -> None:
+        """The run begins, or goes on, with round `first_round`."""
 
     def sent(self, server_round: int, phase: str, count: int) -> None:
         """`count` messages of a phase (`train`, `evaluate`) go out."""

@@ -205,7 +205,7 @@ def shapes_of(record: ArrayRecord) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (tuple(array.shape), array.dtype) for name, array in record.items()}
 
 
-def by_client(messages: Iterable[Message], who: Roster, *, replies: bool = True) -> list[tuple[int, Message]]:
-    """Messages with their client, in order of partition id."""
-    pairs = [(who.client(m.metadata.src_node_id if replies else m.metadata.dst_node_id), m) for m in messages]
+def by_client(replies: Iterable[Message], who: Roster) -> list[tuple[int, Message]]:
+    """Replies with their client, in order of partition id."""
+    pairs = [(who.client(message.metadata.src_node_id), message) for message in replies]
     return sorted(pairs, key=lambda pair: pair[0])

@@ -31,6 +31,7 @@ from fedsim.errors import UserError, nearest
 from fedsim.messages import arrays_of, views_of
 
 LAYOUT = "layout"  #: key of the packed form's description in a content's config record
+_LAYOUT_LIMIT = 64 * 2**20
 _FLAT = "flat."  #: packed arrays are named flat.<dtype>
 
 
@@ -257,7 +258,10 @@ def unpack(content: RecordDict) -> RecordDict:
     raw = layout[LAYOUT]
     if not isinstance(raw, bytes):
         raise ValueError("the layout of a packed message must be bytes")
-    layouts = json.loads(zlib.decompress(raw))
+    text = zlib.decompressobj()
+    layouts = json.loads(text.decompress(raw, _LAYOUT_LIMIT))
+    if text.unconsumed_tail:
+        raise ValueError(f"its layout is larger than {_LAYOUT_LIMIT} bytes")
     plain = RecordDict()
     for key, record in content.items():
         if key == LAYOUT:

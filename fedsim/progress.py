@@ -94,7 +94,7 @@ class _Watcher(Hook):
         self._boards: list[_Board] = []
         self._notices = 0
 
-    def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
+    def start(self, experiment: Experiment, first_round: int) -> None:
         self._boards.append(_board(experiment, first_round))
         self._boards[-1].baseline = self._main is not None and experiment.json() != self._main
         if first_round > 0 and not self._boards[-1].baseline:
@@ -131,8 +131,8 @@ class PlainHook(_Watcher):
         super().__init__(main)
         self.write = write
 
-    def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
-        super().start(experiment, first_round, cohort)
+    def start(self, experiment: Experiment, first_round: int) -> None:
+        super().start(experiment, first_round)
         board = self._boards[-1]
         if not board.baseline:
             self.write(f"{board.title}: {board.details} · {plural(board.rounds, 'round')}")

@@ -85,7 +85,7 @@ class Loop:
         """Run to the end, from the newest checkpoint if the folder has one; returns the final progress."""
         require_clients(self.strategy, self.experiment.clients)
         progress = self._begin()
-        self._tell("start", self.experiment, progress.server_round + 1, self._cohort())
+        self._tell("start", self.experiment, progress.server_round + 1)
         if progress.server_round < 0:
             progress.server_round = 0
             started = time.perf_counter()
@@ -138,9 +138,9 @@ class Loop:
         metrics = (
             self._client_metrics(progress, number) if self.on_clients else self._server_metrics(progress)
         )
-        record.accuracy, record.loss = metrics.pop("accuracy", None), metrics.pop("loss", None)
+        progress.last = {key: metrics.pop(key) for key in ("accuracy", "loss")}
+        record.accuracy, record.loss = progress.last["accuracy"], progress.last["loss"]
         record.extra.update(metrics)
-        progress.last = {"accuracy": record.accuracy or 0.0, "loss": record.loss or 0.0}
         validation = metrics.get("validation_loss")
         if validation is not None:
             if validation < progress.best:
@@ -168,17 +168,24 @@ class Loop:
                 "clients are to evaluate but the strategy asks none; set strategy.fraction_evaluate above 0 "
                 'or evaluation.where = "server"'
             )
-        replies = self._exchange("evaluate", number, out, progress)
-        self.strategy.aggregate_evaluate(number, replies)
-        # every client counts once: the field reports the mean over clients
-        rows = [r.content[messages.METRICS] for r in replies if r.has_content()]
+        replies = messages.by_client(self._exchange("evaluate", number, out, progress), self.who)
+        # every client counts once: the field reports the mean over clients, in a fixed order
+        self.strategy.aggregate_evaluate(number, [message for _, message in replies])
+        rows: list[MetricRecord] = []
+        for client, message in replies:
+            reason = messages.complaint(message, None)
+            if reason is None:
+                rows.append(message.content.metric_records[messages.METRICS])
+            else:
+                self._tell("notice", f"round {number}: client {client} not evaluated: {_first_line(reason)}")
         found: dict[str, float] = {}
         for key in ("accuracy", "loss"):
-            values = np.array([float(m[key]) for m in rows if isinstance(m, MetricRecord) and key in m])  # type: ignore[arg-type]
-            if len(values):
-                found[key] = float(values.mean())
-                found[f"{key}_spread"] = float(values.std())
-                found[f"{key}_worst"] = float(values.min() if key == "accuracy" else values.max())
+            values = np.array([float(row[key]) for row in rows if key in row])  # type: ignore[arg-type]
+            if not len(values):
+                raise NotEnoughReplies(f"round {number}: no client reported its {key}")
+            found[key] = float(values.mean())
+            found[f"{key}_spread"] = float(values.std())
+            found[f"{key}_worst"] = float(values.min() if key == "accuracy" else values.max())
         return found
 
     def _exchange(self, phase: str, number: int, out: Sequence[Message], progress: Progress) -> list[Message]:
@@ -234,10 +241,6 @@ class Loop:
         done = getattr(self.strategy, "done", None)
         return bool(done()) if done is not None else False
 
-    def _cohort(self) -> int:
-        fraction = getattr(self.strategy, "fraction", getattr(self.strategy, "fraction_train", 1.0))
-        return max(1, round(self.experiment.clients * float(fraction)))
-
     def _tell(self, event: str, *arguments: Any) -> None:
         for hook in self.hooks:
             getattr(hook, event)(*arguments)
@@ -259,10 +262,12 @@ class Loop:
         return progress
 
     def _resume(self, tree: dict[str, Any]) -> Progress:
-        if tree["experiment"] != self.experiment.digest():
+        found = tree.get("identity", {})
+        changed = [what for what, digest in self._identity().items() if found.get(what) != digest]
+        if changed:
             raise UserError(
-                f"{self.run.folder}: the checkpoint belongs to another experiment (or another version of "
-                "fedsim wrote it); start a new run"
+                f"{self.run.folder}: the checkpoint belongs to another experiment: {', '.join(changed)} "
+                "changed since; start a new run"
             )
         restore(self.strategy, tree["strategy"])
         if hasattr(self.grid, "states"):
@@ -271,6 +276,14 @@ class Loop:
         random.setstate(python)
         np.random.set_state(numpy_state)
         return Progress(**tree["progress"])
+
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint must agree with."""
+        return {
+            "the experiment": self.experiment.digest(),
+            "the data": self.task.data.arrays.digest,
+            "the frozen part of the model": self.task.frozen_digest,
+        }
 
     def _close(self, progress: Progress, record: Round, started: float, *, due: bool) -> None:
         """Finish a round: tell the hooks, then checkpoint (a crash in between loses a line, no state)."""
@@ -283,7 +296,7 @@ class Loop:
 
     def _checkpoint(self, progress: Progress) -> None:
         tree = {
-            "experiment": self.experiment.digest(),
+            "identity": self._identity(),
             "strategy": state_of(self.strategy),
             "clients": getattr(self.grid, "states", {}),
             "random": (random.getstate(), np.random.get_state()),

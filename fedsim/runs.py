@@ -2,11 +2,14 @@
 
 runs/quickstart/
     experiment.toml     the complete experiment, all defaults filled in
+    origin.json         where it was started: modules and relative paths are looked up there
     metrics.jsonl       one line a round
     clients.jsonl       one line per client and round
-    checkpoints/        round-00007.safetensors ...
+    checkpoints/        round-00007.safetensors ..., best.safetensors
     tensorboard/        event files
-    summary.json        the closing object (only of a finished run)
+    baselines/          run folders of the baselines
+    state.safetensors   the final shared state   } of a finished run
+    summary.json        the closing object       }
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -25,9 +29,10 @@ from typing import Any
 from flwr.app import Message
 
 from fedsim import config, messages
-from fedsim.checkpoints import load, save, write_atomic
+from fedsim.checkpoints import load, save
 from fedsim.config import Experiment
 from fedsim.errors import UserError
+from fedsim.files import write_atomic
 from fedsim.hooks import Hook, Round
 
 
@@ -105,8 +110,13 @@ class Run:
     @staticmethod
     def _unnamed(experiment: Experiment, parent: Path) -> Path:
         """Made whole under a hidden name, so that nobody ever sees half a run folder."""
-        parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{experiment.name}."))
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{experiment.name}."))
+        except OSError as error:
+            raise UserError(
+                f"cannot make a run folder in '{parent}': {error.strerror}; give --folder"
+            ) from error
         (made / "experiment.toml").write_text(experiment.toml(), "utf-8")
         (made / "origin.json").write_text(json.dumps({"folders": experiment.folders}), "utf-8")
         made.chmod(0o755)
@@ -163,7 +173,7 @@ class Run:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomic(self.folder / "summary.json", (json.dumps(_finite(summary), indent=2) + "\n").encode())
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -239,21 +249,22 @@ class FolderHook(Hook):
         self._clients: list[dict[str, Any]] = []
         self._board: Any = None
 
-    def start(self, experiment: Experiment, first_round: int, cohort: int) -> None:
+    def start(self, experiment: Experiment, first_round: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = first_round if first_round > 0 else None
         self._board = SummaryWriter(str(self.run.folder / "tensorboard"), purge_step=purge)
 
     def reply(self, server_round: int, phase: str, client: int, message: Message) -> None:
-        row: dict[str, Any] = {"round": server_round, "client": client, "phase": phase}
+        own: dict[str, Any] = {"round": server_round, "client": client, "phase": phase}
+        said: dict[str, Any] = {}
         if message.has_error():
-            row["error"] = message.error.reason
+            own["error"] = message.error.reason
         else:
-            row["bytes_up"] = messages.nbytes(message.content)
+            own["bytes_up"] = messages.nbytes(message.content)
             for record in message.content.metric_records.values():
-                row.update(record.items())
-        self._clients.append(row)
+                said.update(record.items())
+        self._clients.append({**own, **{k: v for k, v in said.items() if k not in own}})
 
     def round(self, result: Round) -> None:
         _append(self.run.folder / "clients.jsonl", self._clients)
@@ -275,4 +286,13 @@ class FolderHook(Hook):
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(json.dumps(_finite(row)) + "\n" for row in rows))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,6 @@ Nothing heavy is imported here: the command line imports this module before it k
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 import warnings
@@ -24,18 +23,6 @@ if TYPE_CHECKING:
 
     from fedsim.config import Experiment
     from fedsim.hooks import Hook
-
-# Read by libraries when they are imported: no telemetry, no progress bars, no fork warnings.
-for _switch, _value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}.items():
-    os.environ.setdefault(_switch, _value)
 
 _CHATTY = ("ray", "torch", "datasets", "transformers", "matplotlib", "tensorboard")
 

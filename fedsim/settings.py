@@ -84,7 +84,7 @@ def schedule(
     Args:
         kind: shape of the curve.
         warmup: rounds of linear warm-up.
-        final: factor at the last round (`cosine`, `linear`).
+        final: factor that `cosine` and `linear` come down to when the last round is over.
         step_every: rounds between drops (`step`).
         step_factor: factor of each drop (`step`).
     """

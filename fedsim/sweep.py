@@ -24,10 +24,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedsim import config
-from fedsim.checkpoints import write_atomic
 from fedsim.compare import differing
 from fedsim.config import Experiment
 from fedsim.errors import UserError
+from fedsim.files import write_atomic
 from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
 from fedsim.runs import Run, default_folder
@@ -165,7 +165,6 @@ class Sweep:
         self,
         watch: Watch,
         *,
-        before: Callable[[int, Cell], None] = lambda number, cell: None,
         after: Callable[[int, Cell, Result], None] = lambda number, cell, result: None,
         stop_on_error: bool = False,
     ) -> list[Result]:
@@ -173,7 +172,6 @@ class Sweep:
 
         Args:
             watch: hooks of a cell.
-            before: told the 1-based number of a cell that is about to run.
             after: told every cell's result, those of earlier calls too.
             stop_on_error: raise what a cell raises, instead of recording it and going on.
 
@@ -185,7 +183,6 @@ class Sweep:
             for number, cell in enumerate(self.cells, start=1):
                 result = self._finished(cell)
                 if result is None:
-                    before(number, cell)
                     result = self._run_cell(cell, watch, stop_on_error=stop_on_error)
                 results.append(result)
                 self._write(results)

@@ -6,7 +6,6 @@ changing entry back, so nothing of one client is left for the next.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,8 +21,9 @@ from fedsim import config, payload
 from fedsim.config import Experiment
 from fedsim.data import federated
 from fedsim.data.federated import FederatedData
+from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, set_train_mode
+from fedsim.models.base import Classifier, DataInfo, set_train_mode
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Task:
         }
 
     def evaluate_split(self, split: str, client: int | None = None) -> dict[str, float]:
-        """Evaluate on `test`, `validation`, a client's `local` test part or its `train` rows."""
+        """Evaluate on `test`, `validation` or a client's `local` test part."""
         arrays = self.data.arrays
         if split == "test":
             return self.evaluate(arrays.test_x, arrays.test_y, np.arange(len(arrays.test_y)))
@@ -128,9 +128,7 @@ class Task:
             raise ValueError(f"split '{split}' belongs to a client")
         if split == "local":
             return self.evaluate(arrays.test_x, arrays.test_y, self.data.local_test(client))
-        if split == "train":
-            return self.evaluate(arrays.train_x, arrays.train_y, self.data.client(client))
-        raise ValueError(f"unknown split '{split}': test, validation, local or train")
+        raise ValueError(f"unknown split '{split}': test, validation or local")
 
 
 def cross_entropy(model: Classifier, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -145,23 +143,7 @@ def build(experiment: Experiment) -> Task:
         UserError: anything in the experiment that does not fit together.
     """
     data = load_data(experiment)
-    # the caller's generators are left as they were
-    python, legacy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        seed = experiment.seed
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        model = experiment.build("tuning", experiment.build("model", data.info))
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        torch.set_rng_state(generator)
-    if not isinstance(model, Classifier):
-        raise UserError(
-            f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
-            f"got {type(model).__name__}"
-        )
+    model = build_model(experiment, data.info)
     personal = experiment.settings["payload"].get("personal", [])
     selection = payload.select(model, model.train_modules, personal)
     return Task(
@@ -172,6 +154,23 @@ def build(experiment: Experiment) -> Task:
         frozen_digest=payload.frozen_digest(model, selection.changing),
         loss=cross_entropy,
     )
+
+
+def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
+    """The tuned model of an experiment, untrained; random weights follow from the experiment's seed.
+
+    Raises:
+        UserError: the model does not fit the data, or the tuning selects nothing.
+    """
+    with generators_restored():
+        seed_everything(experiment.seed)
+        model = experiment.build("tuning", experiment.build("model", info))
+    if not isinstance(model, Classifier):
+        raise UserError(
+            f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
+            f"got {type(model).__name__}"
+        )
+    return model
 
 
 def load_data(experiment: Experiment) -> FederatedData:

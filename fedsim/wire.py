@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,6 +181,11 @@ class WireGrid(_flwr.BareGrid):
 
 
 def _unpacked(message: Message) -> Message:
+    """The reply as its client meant it, or an error reply if it cannot be unpacked."""
     if message.has_error():
         return message
-    return _flwr.with_content(message, payload.unpack(message.content))
+    try:
+        content = payload.unpack(message.content)
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
+        return _flwr.with_error(message, f"its packed arrays cannot be read: {error}")
+    return _flwr.with_content(message, content)

@@ -21,3 +21,16 @@ def make(task: Task, /) -> ClientApp:
         return messages.reply(message, task.shared(), {messages.EXAMPLES: 1, "loss": 0.0})
 
     return app
+
+
+def odd(task: Task, /) -> ClientApp:
+    """Metrics that a careless client might send."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        client = int(context.node_config["partition-id"])
+        metrics = {messages.EXAMPLES: 1, "loss": float("nan"), "round": 999, "lengths": [0.5] * (1 + client)}
+        return messages.reply(message, task.initial_payload(), metrics)
+
+    return app

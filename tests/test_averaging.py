@@ -176,3 +176,15 @@ def test_sampling_is_a_function_of_seed_and_round() -> None:
 def test_too_few_clients_is_said_at_once() -> None:
     with pytest.raises(UserError, match="at least 5 clients but only 4"):
         play(WeightedAverage(min_clients=5), {"w": np.zeros(1, np.float32)}, clients=4)
+
+
+def test_two_answers_of_one_client_count_once() -> None:
+    start = {"w": np.zeros(1, np.float32)}
+
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return {"w": np.full(1, float(client), np.float32)}, {"num-examples": 1}
+
+    strategy = WeightedAverage()
+    played = play(strategy, start, answer, clients=3, reorder=lambda replies: [*replies, replies[2]])
+    assert played.arrays["w"][0] == 1.0
+    assert "answered twice" in strategy.refused[2]

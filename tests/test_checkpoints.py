@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedsim.checkpoints import Unstorable, load, save, write_atomic
+from fedsim.checkpoints import Unstorable, load, save
 from fedsim.errors import UserError
+from fedsim.files import write_atomic
 from fedsim.messages import arrays_of
 
 

@@ -81,7 +81,7 @@ def test_plain_lines_of_a_run_and_its_baseline(tmp_path: Path) -> None:
 def test_many_notices_of_a_round_are_counted() -> None:
     lines: list[str] = []
     hook = PlainHook(lines.append)
-    hook.start(tiny(), 0, 4)
+    hook.start(tiny(), 0)
     for number in range(10):
         hook.notice(f"client {number}")
     hook.round(Round(1))
@@ -94,7 +94,7 @@ def test_many_notices_of_a_round_are_counted() -> None:
 def test_log_lines_are_flushed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     hook = LogHook()
     hook.notice("before the start")
-    hook.start(tiny(), 3, 4)
+    hook.start(tiny(), 3)
     hook.round(Round(3, 0.5, 1.0, clients=4))
     assert capsys.readouterr().out.splitlines() == [
         "note: before the start",
@@ -108,7 +108,7 @@ def test_the_live_display_fits_and_shows_where_the_run_is() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=25)
     hook = LiveHook(console, tiny("rounds=100"))
     assert "loading" in _picture(hook)
-    hook.start(tiny("rounds=100"), 0, 4)
+    hook.start(tiny("rounds=100"), 0)
     for number in range(60):
         sent = {"bytes_up": 10**7, "bytes_down": 10**7}
         hook.round(Round(number, 0.01 * number, 1.0, clients=4, seconds=1500, **sent))
@@ -122,7 +122,7 @@ def test_the_live_display_fits_and_shows_where_the_run_is() -> None:
     assert "↑ 10.0 MB  ↓ 10.0 MB" in picture
     assert "h 05 min left" in picture or "h 04 min left" in picture
     hook.finish({})
-    hook.start(tiny("rounds=100", name="local-only"), 0, 4)
+    hook.start(tiny("rounds=100", name="local-only"), 0)
     hook.round(Round(0, 0.25, 1.0))
     picture = _picture(hook)
     assert "local-only" in picture
@@ -134,14 +134,14 @@ def test_the_live_display_fits_and_shows_where_the_run_is() -> None:
 def test_the_live_display_vanishes_and_leaves_notices() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with LiveHook(console) as hook:
-        hook.start(tiny(), 0, 4)
+        hook.start(tiny(), 0)
         hook.notice("client 3 is late [/no markup]")
     assert "client 3 is late [/no markup]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_reply_costs_microseconds() -> None:
     hook = LiveHook(Console(file=io.StringIO(), force_terminal=True))
-    hook.start(tiny(), 0, 4)
+    hook.start(tiny(), 0)
     started = time.perf_counter()
     for client in range(10_000):
         hook.reply(1, "train", client, None)  # type: ignore[arg-type]

@@ -304,3 +304,58 @@ def test_a_diverging_run_says_what_to_do(tmp_path: Path) -> None:
 def test_a_strategy_that_asks_nobody_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="asks no client to train"):
         run(tiny(strategy={"name": "flwr-fedavg", "fraction_train": 0.0}), tmp_path)
+
+
+def save_points(path: Path, *, classes: int) -> None:
+    x = np.random.default_rng(0).random((80, 4), np.float32)
+    np.savez(path, x=x, y=np.arange(80) % classes)
+
+
+def test_data_that_changed_are_noticed(tmp_path: Path) -> None:
+    """A resume on other data is refused; a second run in the same process reads them anew."""
+    path = tmp_path / "d.npz"
+    experiment = tiny(data={"name": f"npz:{path}"}, partition={"name": "iid", "clients": 2})
+    save_points(path, classes=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, tmp_path, StopAt(1))
+    first = run(experiment, tmp_path / "a").summary["digest"]
+    save_points(path, classes=4)
+    assert run(experiment, tmp_path / "b").summary["digest"] != first
+    with pytest.raises(UserError, match="the data changed since"):
+        resume(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "flwr-fedavg"])
+def test_clients_that_cannot_evaluate_are_named(strategy: str, tmp_path: Path) -> None:
+    experiment = tiny(
+        "evaluation.where=clients",
+        strategy={"name": strategy},
+        client={"name": "tests.noop_client:make"},  # it answers `train` alone
+    )
+    notices = Notices()
+    with pytest.raises(NotEnoughReplies):
+        run(experiment, tmp_path, notices)
+    if strategy == "flwr-fedavg":
+        assert "No evaluate function registered" in notices.texts[0]
+
+
+def test_personal_states_have_a_digest_of_their_own(tmp_path: Path) -> None:
+    one = run(tiny(strategy={"name": "local-only"}), tmp_path / "a").summary
+    same = run(tiny(strategy={"name": "local-only"}), tmp_path / "b").summary
+    other = run(tiny("client.lr=0.01", strategy={"name": "local-only"}), tmp_path / "c").summary
+    assert one["digest"] == other["digest"]  # nothing is shared
+    assert one["digest_personal"] == same["digest_personal"] != other["digest_personal"]
+
+
+def test_odd_client_metrics_break_nothing(tmp_path: Path) -> None:
+    result = run(tiny("rounds=1", client={"name": "tests.noop_client:odd"}), tmp_path)
+    text = (tmp_path / "tiny" / "clients.jsonl").read_text()
+    assert "NaN" not in text + (tmp_path / "tiny" / "metrics.jsonl").read_text()
+    assert {json.loads(line)["round"] for line in text.splitlines()} == {1}
+    assert "train_lengths" not in result.history.columns
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match="cannot make a run folder in"):
+        Run.create(tiny(), tmp_path / "runs")

@@ -68,10 +68,12 @@ def test_a_cell_equals_the_ordinary_run(tmp_path: Path) -> None:
 
 
 def test_going_on_after_an_interruption(tmp_path: Path) -> None:
-    started: list[int] = []
+    started: list[str] = []
 
-    def note(number: int, cell: Cell) -> None:
-        started.append(number)
+    @contextmanager
+    def noting(cell: Cell) -> Iterator[Sequence[Hook]]:
+        started.append(cell.label)
+        yield []
 
     @contextmanager
     def stopping(cell: Cell) -> Iterator[Sequence[Hook]]:
@@ -79,11 +81,10 @@ def test_going_on_after_an_interruption(tmp_path: Path) -> None:
 
     recorded = tmp_path / "s" / "results.json"
     with pytest.raises(KeyboardInterrupt):
-        Sweep(tmp_path / "s", tiny(), GRID).run(stopping, before=note)
-    assert started == [1, 2]
+        Sweep(tmp_path / "s", tiny(), GRID).run(stopping)
     assert len(json.loads(recorded.read_text())) == 1
-    results = Sweep(tmp_path / "s", tiny(), GRID).run(silent, before=note)
-    assert started == [1, 2, 2, 3, 4]
+    results = Sweep(tmp_path / "s", tiny(), GRID).run(noting)
+    assert started == [cell.label for cell in cells_of(tiny(), GRID)[1:]]
     whole = Sweep(tmp_path / "whole", tiny(), GRID).run(silent)
     assert [r["summary"]["digest"] for r in results] == [r["summary"]["digest"] for r in whole]
     assert json.loads(recorded.read_text()) == results

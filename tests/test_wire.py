@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,28 @@ def test_the_server_waits_for_late_nodes(tmp_path: Path) -> None:
 
     simulate(server, client_app, 4)
     assert found == [0, 1, 2, 3]
+
+
+class Careless(FederatedClientApp):
+    """Client 2 sends packed arrays that are shorter than their layout says."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = super().__call__(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            packed = reply.content["arrays"]
+            assert isinstance(packed, ArrayRecord)
+            name = next(iter(packed))
+            packed[name] = messages.arrays_of({name: packed[name].numpy()[:-1]})[name]
+        return reply
+
+
+def test_a_misshapen_packed_reply_is_refused_and_named(tmp_path: Path) -> None:
+    summary, _ = on_foreign_grid(tiny("rounds=1"), tmp_path, Careless())
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "clients.jsonl").read_text().splitlines()]
+    assert ["error" in row for row in sorted(rows, key=lambda row: row["client"])] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert summary["rounds"] == 1

@@ -16,14 +16,16 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedsim import registry
-from fedsim.data.store import cache_folder, cache_key, code_stamp, write_file
+from fedsim.data.store import cache_folder, cache_key, code_stamp
 from fedsim.errors import UserError
+from fedsim.files import write_atomic
 from fedsim.ranges import Count, Positive
 
 if TYPE_CHECKING:
@@ -87,7 +89,6 @@ def partition(
     shots: int | None,
     pooled: bool,
     seed: int,
-    allow_empty: bool = False,
 ) -> Partition:
     """Run the function behind `[partition] name`, then `shots`, then `pooled`; cached on disk.
 
@@ -101,7 +102,6 @@ def partition(
             class when it has fewer); None keeps everything.
         pooled: give the samples of all clients to a single one.
         seed: same inputs and seed, same partition.
-        allow_empty: a client may be without samples.
 
     Raises:
         UserError: more clients than samples, a client without samples, more shots than any client has,
@@ -116,7 +116,7 @@ def partition(
     keys = {**function.fixed, **options}
     code = code_stamp(function.target)
     owners = b"" if groups is None else groups.tobytes()
-    switches = [clients, shots, pooled, seed, allow_empty]
+    switches = [clients, shots, pooled, seed]
     key = cache_key(
         _VERSION, version("flwr-datasets"), version("numpy"), code, keys, switches, labels.tobytes(), owners
     )
@@ -127,18 +127,20 @@ def partition(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: make it
         pass
     members = function.target(Table(labels, groups, clients, seed), **keys)
-    _check(members, name, clients, allow_empty)
+    _check(members, name, clients)
     if shots is not None:
         members = _few_shots(members, labels, shots, seed)
     if pooled:
         members = [np.concatenate(members)]
     offsets = np.cumsum([0, *map(len, members)], dtype=np.int64)
     made = Partition(np.concatenate([np.sort(own) for own in members]).astype(np.int64), offsets)
-    write_file(file, lambda path: np.savez(path, indices=made.indices, offsets=made.offsets))
+    buffer = BytesIO()
+    np.savez(buffer, indices=made.indices, offsets=made.offsets)
+    write_atomic(file, buffer.getvalue())
     return made
 
 
-def _check(members: list[Integers], name: str, clients: int, allow_empty: bool) -> None:
+def _check(members: list[Integers], name: str, clients: int) -> None:
     """Refuse what a partition function (it may be a user's) must not return."""
     everything = np.concatenate(members) if members else np.empty(0, np.int64)
     if len(members) != clients or len(np.unique(everything)) != len(everything):
@@ -147,7 +149,7 @@ def _check(members: list[Integers], name: str, clients: int, allow_empty: bool) 
             f"it returned {len(members)} arrays for {clients} clients"
         )
     empty = [str(pid) for pid, own in enumerate(members) if len(own) == 0]
-    if empty and not allow_empty:
+    if empty:
         named = ", ".join(empty[:8]) + (", ..." if len(empty) > 8 else "")
         raise UserError(
             f"[partition] '{name}' leaves {len(empty)} of {clients} clients without data (client {named}); "

@@ -175,14 +175,3 @@ def _publish(made: Path, folder: Path) -> None:
             with suppress(FileNotFoundError):  # another process is replacing it, too
                 folder.rename(damaged)
             shutil.rmtree(damaged, ignore_errors=True)
-
-
-def write_file(path: Path, save: Callable[[Path], None]) -> None:
-    """Make a file appear whole or not at all: `save` writes a temporary file, which is then renamed."""
-    handle, text = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        save(Path(text))
-        Path(text).replace(path)
-    finally:
-        Path(text).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import time
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -169,6 +170,21 @@ def seed_everything(seed: int) -> None:
     else:
         # torch.manual_seed would keep a formatted stack for a device that is not there: 0.7 ms a call
         torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Give back the generators of `random`, numpy and torch's CPU as they were."""
+    torch = sys.modules.get("torch")
+    python, legacy = random.getstate(), np.random.get_state()
+    generator = None if torch is None else torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        if torch is not None and generator is not None:
+            torch.set_rng_state(generator)
 
 
 @cache

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedsim.engine.grid import BaseGrid, answer, is_empty, seed_everything
+from fedsim.engine.grid import BaseGrid, answer, generators_restored, is_empty, seed_everything
 from fedsim.ranges import Count
 
 
@@ -63,17 +61,12 @@ class SerialGrid(BaseGrid):
 def process_restored(threads: int) -> Iterator[None]:
     """Give back the generators and the thread count as they were, whatever a client does to them."""
     torch = sys.modules.get("torch")
-    python, legacy = random.getstate(), np.random.get_state()
-    if torch is not None:
-        generator, before = torch.get_rng_state(), torch.get_num_threads()
-        if before != threads:
+    before = threads if torch is None else torch.get_num_threads()
+    with generators_restored():
+        if torch is not None and before != threads:
             torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        if torch is not None:
-            torch.set_rng_state(generator)
-            if torch.get_num_threads() != before:
+        try:
+            yield
+        finally:
+            if torch is not None and torch.get_num_threads() != before:
                 torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedsim import _flwr, registry
-from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
+from fedsim.engine.grid import BaseGrid, derive_seed, generators_restored, seed_everything
 from fedsim.errors import UserError, nearest
 
 _running = threading.Lock()
@@ -61,16 +60,14 @@ def simulate(
         raise UserError("a simulation is already running in this process; start the second one in its own")
     try:
         run_id = 1 + derive_seed("run", seed, os.getpid()) % (2**31)
-        python = random.getstate()
         grid: BaseGrid = resolved.target(client_app, num_clients, seed, run_config, **engine_options)
         grid.set_run(_flwr.Run.create_empty(run_id))
         if prepare is not None:
             prepare(grid)
         context = _flwr.context(run_id, _flwr.SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config or {}))
-        with _flwr.acting_as_server(run_id):
+        with _flwr.acting_as_server(run_id), generators_restored():
             seed_everything(derive_seed("server", seed))
             server_app(grid, context)
         return context
     finally:
-        random.setstate(python)
         _running.release()

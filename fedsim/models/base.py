@@ -89,8 +89,3 @@ def set_train_mode(model: Classifier, training: bool) -> None:
     if training:
         for prefix in model.train_modules:
             model.get_submodule(prefix).train()
-
-
-def parameter_count(model: nn.Module, *, trainable: bool = False) -> int:
-    """Number of parameters (all, or those that train)."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

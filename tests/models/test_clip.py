@@ -13,11 +13,15 @@ from torch.nn import functional
 
 from fedsim.data.sources import DIGIT_WORDS, digits
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, DataInfo, parameter_count
+from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.clip import TINY_WEIGHTS, export_open_clip, load_tiny_clip, tiny_clip
 from fedsim.models.tuning import bias
 
 DATA = DataInfo(DIGIT_WORDS, (1, 8, 8))
+
+
+def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def accuracy(model: Classifier, **shift: float) -> float:
