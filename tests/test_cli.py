@@ -256,3 +256,11 @@ def test_doctor_names_the_fix(fedsim: Invoke, monkeypatch: pytest.MonkeyPatch, t
     assert result.exit_code == 1
     assert "✗ cache" in result.stdout
     assert "→ set FEDSIM_CACHE" in result.stdout
+
+
+def test_an_ascii_terminal_is_served(file: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "FEDSIM_RUNS": str(tmp_path / "runs")}
+    command = [sys.executable, "-c", "from fedsim.cli import main; main()", "run", str(file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fedavg" in done.stdout
