@@ -46,9 +46,10 @@ def run(
     from fedsim import config
     from fedsim._flwr import quiet
     from fedsim.finish import run_experiment
+    from fedsim.overrides import from_values
     from fedsim.runs import Run
 
-    chosen = config.load(experiment, config.overrides_of(overrides))
+    chosen = config.load(experiment, from_values(overrides))
     where = Path(folder) if folder else None
     with quiet(), Run.fresh(chosen, where, overwrite=overwrite) as made:
         return run_experiment(chosen, made)

@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim import _flwr, config, messages
+from fedsim import _flwr, config, messages, overrides
 from fedsim.config import Experiment
 from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
 from fedsim.errors import UserError
@@ -140,7 +140,7 @@ def experiment_of(run_config: dict[str, Any] | Any) -> Experiment:
     unpacked = [Path(entry) for entry in sys.path if entry and (Path(entry) / "pyproject.toml").is_file()]
     return config.load(
         str(run_config.get("experiment", "quickstart")),
-        config.split_overrides(str(run_config.get("overrides", ""))),
+        overrides.split(str(run_config.get("overrides", ""))),
         folders=unpacked or [Path.cwd()],
     )
 

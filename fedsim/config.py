@@ -14,10 +14,10 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim import registry, settings
 from fedsim.errors import UserError, nearest
+from fedsim.overrides import applied, key_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -38,15 +39,6 @@ NAMED = {
     "client": "clients",
     "strategy": "strategies",
     "engine": "engines",
-}
-DEFAULT_NAMES = {
-    "data": "digits",
-    "partition": "iid",
-    "model": "tiny-clip",
-    "tuning": "full",
-    "client": "standard",
-    "strategy": "fedavg",
-    "engine": "serial",
 }
 _TOP = ("name", "seed", "rounds", "baselines")
 
@@ -69,7 +61,7 @@ class _Source(str):
 
     def __new__(cls, text: str, overrides: Iterable[str]) -> _Source:
         made = super().__new__(cls, text)
-        made.given = {o.partition("=")[0].strip(): f"--set {o}" for o in overrides}
+        made.given = {key_of(override): f"--set {override}" for override in overrides}
         return made
 
     given: dict[str, str]
@@ -227,13 +219,10 @@ def from_tables(
     """
     folders = tuple(folders)
     extend_path(folders)
-    tables = _copy(given)
     overrides = list(overrides)
-    # a name chooses another object and drops the former one's keys: names go first
-    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".name")):
-        _apply(tables, override)
+    tables = applied(given, overrides)
+    explicit = deepcopy(tables)
     source = _Source(source, overrides)
-    explicit = _copy(tables)
     sweep = _check_sweep(tables.pop("sweep", {}), source)
     known = {*_TOP, *NAMED, *settings.SETTINGS, "sweep"}
     for key in tables:
@@ -243,7 +232,7 @@ def from_tables(
     for key in (*NAMED, *settings.SETTINGS):
         if not isinstance(tables.setdefault(key, {}), dict):
             raise UserError(f"{source}: '{key}' must be a section: [{key}]")
-    tables["strategy"].setdefault("name", DEFAULT_NAMES["strategy"])
+    tables["strategy"].setdefault("name", settings.DEFAULT_NAMES["strategy"])
     _fill_strategy_defaults(tables, source)
     sections = {name: _named_section(name, tables[name], source) for name in NAMED}
     fixed = {name: _settings(name, tables[name], source) for name in settings.SETTINGS}
@@ -270,7 +259,7 @@ def _fill_strategy_defaults(tables: dict[str, Any], source: _Source) -> None:
         if "name" in values and mine.get("name", values["name"]) != values["name"]:
             continue
         tables[section] = {**values, **mine}
-    for section, name in DEFAULT_NAMES.items():
+    for section, name in settings.DEFAULT_NAMES.items():
         tables[section].setdefault("name", name)
 
 
@@ -344,58 +333,7 @@ def _check_sweep(sweep: Any, source: str) -> dict[str, list[Any]]:
     return dict(sweep)
 
 
-# ------------------------------------------------------------------------------- overrides, paths
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """`"client.lr=0.01"` -> (["client", "lr"], 0.01); a value that is no TOML is a plain string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {text}: expected KEY=VALUE, for example --set client.lr=0.01")
-    return key.strip().split("."), toml_value(value.strip())
-
-
-def toml_value(text: str) -> Any:
-    """A TOML value, or the text itself when it is none."""
-    try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def split_overrides(text: str) -> list[str]:
-    """`"rounds=3 client.lr=0.1"` (the `overrides` key of Flower's run config) -> list."""
-    return shlex.split(text)
-
-
-def overrides_of(values: Mapping[str, Any]) -> list[str]:
-    """`{"rounds": 5, "client": {"lr": 0.1}}` -> `["rounds=5", "client.lr=0.1"]`."""
-    found = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += [f"{key}.{inner}" for inner in overrides_of(value)]
-        elif value is None:
-            raise UserError(f"{key}: None cannot stand in an experiment; leave the key out")
-        else:
-            found.append(f"{key}={json.dumps(value)}")
-    return found
-
-
-def _apply(tables: dict[str, Any], override: str) -> None:
-    path, value = parse_override(override)
-    place = tables
-    for part in path[:-1]:
-        inner = place.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise UserError(f"--set {override}: '{part}' is a value, not a section")
-        place = inner
-    now = place.get("name", DEFAULT_NAMES.get(path[0]))
-    if len(path) == 2 and path[-1] == "name" and now != value:
-        # another object: the keys of the former one do not belong to it, those common to all do
-        kept = registry.schema(settings.COMMON[path[0]]).model_fields if path[0] in settings.COMMON else {}
-        for key in [key for key in place if key not in kept]:
-            del place[key]
-    place[path[-1]] = value
+# ---------------------------------------------------------------------------------- paths, names
 
 
 def extend_path(folders: Iterable[str]) -> None:
@@ -409,10 +347,6 @@ def check_name(name: str, what: str) -> None:
         raise UserError(
             f"{what} '{name}' must begin with a letter or digit and go on with letters, digits, . _ + -"
         )
-
-
-def _copy(tables: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
 
 
 def _without_none(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,17 @@ from typing import Literal
 
 from fedsim.ranges import Count, Fraction, Natural, Portion
 
+#: what a section without a name stands for
+DEFAULT_NAMES = {
+    "data": "digits",
+    "partition": "iid",
+    "model": "tiny-clip",
+    "tuning": "full",
+    "client": "standard",
+    "strategy": "fedavg",
+    "engine": "serial",
+}
+
 
 def top_keys(
     *, name: str = "experiment", seed: Natural = 0, rounds: Count = 10, baselines: list[str] | None = None

@@ -30,6 +30,7 @@ from fedsim.errors import UserError
 from fedsim.files import write_atomic
 from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
+from fedsim.overrides import toml_value
 from fedsim.runs import Run, default_folder
 from fedsim.terminal import baselines_of, human_bytes, human_seconds
 
@@ -78,7 +79,7 @@ def _values(text: str) -> list[Any]:
     try:
         found = tomllib.loads(f"x = [{text}]")["x"]
     except tomllib.TOMLDecodeError:
-        found = [config.toml_value(part.strip()) for part in text.split(",") if part.strip()]
+        found = [toml_value(part.strip()) for part in text.split(",") if part.strip()]
     return list({_toml(value): value for value in found}.values())
 
 
