@@ -36,7 +36,7 @@ Step = Callable[[Task, Tensor, Tensor], Tensor]
 
 def back_propagation(task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
     """The ordinary step: one graph over the whole model."""
-    loss = task.loss(task.model, inputs, labels)
+    loss = task.loss(task.network, inputs, labels)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
@@ -152,9 +152,8 @@ def fit(
     anchors = _anchors(task) if proximal_mu > 0 else []
     total = torch.zeros((), dtype=torch.float64, device=task.device)
     seen = 0
-    arrays = task.data.arrays
     for batch in batches(len(rows), recipe):
-        inputs, labels = task.batch(arrays.train_x, arrays.train_y, rows[batch])
+        inputs, labels = task.train_batch(rows[batch])
         optimizer.zero_grad(set_to_none=True)
         loss = step(task, inputs, labels)
         for parameter, anchor in anchors:

@@ -110,9 +110,18 @@ def payload(*, personal: list[str] | None = None) -> None:
     """
 
 
+def features(*, cache: bool = True) -> None:
+    """Whether the outputs of a frozen backbone are computed once (when only the head changes).
+
+    Args:
+        cache: `false` runs the backbone for every batch.
+    """
+
+
 SETTINGS: dict[str, Callable[..., None]] = {
     "evaluation": evaluation,
     "checkpoints": checkpoints,
     "schedule": schedule,
     "payload": payload,
+    "features": features,
 }

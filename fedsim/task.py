@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from fedsim import config, payload
+from fedsim import config, features, payload
 from fedsim.config import Experiment
 from fedsim.data import federated
 from fedsim.data.federated import FederatedData
@@ -36,7 +38,9 @@ class Task:
         data: all clients' data (memory-mapped; a client touches its own rows only).
         selection: names that travel and names that stay.
         frozen_digest: digest of everything that does neither.
-        loss: (model, inputs, labels) -> mean loss of a batch, a scalar tensor with a graph.
+        loss: (network, inputs, labels) -> mean loss of a batch, a scalar tensor with a graph.
+        network: what maps a batch's inputs to logits: the model, or its head alone where the features of
+            a frozen backbone are computed once (`fedsim/features.py`).
     """
 
     experiment: Experiment
@@ -44,7 +48,7 @@ class Task:
     data: FederatedData
     selection: payload.Selection
     frozen_digest: str
-    loss: Callable[[Classifier, Tensor, Tensor], Tensor]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -56,6 +60,23 @@ class Task:
             if name not in state  # non-persistent buffers: no state_dict entry, but a client may change them
         }
         self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
+        wanted = self.experiment.settings["features"]["cache"]
+        self._cached = wanted and features.cacheable(self.model, self.selection.changing)
+        self.network: nn.Module = self.model.head if self._cached else self.model
+
+    @cached_property
+    def train_inputs(self) -> features.Features | NDArray[Any]:
+        """What `network` takes, by rows of the training data."""
+        if not self._cached:
+            return self.data.arrays.train_x
+        return features.train_features(self.experiment, self.model, self.data)
+
+    @cached_property
+    def test_inputs(self) -> features.Features | NDArray[Any]:
+        """What `network` takes, by rows of the test data."""
+        if not self._cached:
+            return self.data.arrays.test_x
+        return features.test_features(self.experiment, self.model, self.data)
 
     @property
     def half(self) -> frozenset[str]:
@@ -91,12 +112,19 @@ class Task:
         """The shared part before any training."""
         return payload.to_record(self._initial, self.selection.shared)
 
-    def batch(self, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Rows of arrays as tensors on the device: inputs [b, ...] as stored, labels int64 [b]."""
+    def train_batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Rows of the training data on the device: inputs of `network` [b, ...], labels int64 [b]."""
+        return self._batch(self.train_inputs, self.data.arrays.train_y, rows)
+
+    def _batch(
+        self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(x[rows]).to(self.device), torch.from_numpy(y[rows]).to(self.device)
 
     @torch.no_grad()
-    def evaluate(self, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    def _evaluate(
+        self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> dict[str, float]:
         """Mean loss and accuracy of the resident model over some rows.
 
         Sums are additive over batches, float64; `num-examples` counts the rows.
@@ -106,8 +134,8 @@ class Task:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for start in range(0, len(rows), size):
-            inputs, labels = self.batch(x, y, rows[start : start + size])
-            logits = self.model(inputs)
+            inputs, labels = self._batch(x, y, rows[start : start + size])
+            logits = self.network(inputs)
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
             correct += (logits.argmax(1) == labels).sum()
         count = max(len(rows), 1)
@@ -121,19 +149,19 @@ class Task:
         """Evaluate on `test`, `validation` or a client's `local` test part."""
         arrays = self.data.arrays
         if split == "test":
-            return self.evaluate(arrays.test_x, arrays.test_y, np.arange(len(arrays.test_y)))
+            return self._evaluate(self.test_inputs, arrays.test_y, np.arange(len(arrays.test_y)))
         if split == "validation":
-            return self.evaluate(arrays.train_x, arrays.train_y, self.data.validation)
+            return self._evaluate(self.train_inputs, arrays.train_y, self.data.validation)
         if client is None:
             raise ValueError(f"split '{split}' belongs to a client")
         if split == "local":
-            return self.evaluate(arrays.test_x, arrays.test_y, self.data.local_test(client))
+            return self._evaluate(self.test_inputs, arrays.test_y, self.data.local_test(client))
         raise ValueError(f"unknown split '{split}': test, validation or local")
 
 
-def cross_entropy(model: Classifier, inputs: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(inputs), labels)
+    return F.cross_entropy(network(inputs), labels)
 
 
 def build(experiment: Experiment) -> Task:
