@@ -282,7 +282,7 @@ def _next_command(finished: Run, experiment: Experiment, file: str | None) -> st
     if others:
         newest = max(others, key=lambda path: (path / "summary.json").stat().st_mtime)
         return f"fedsim compare {newest} {finished.folder}"
-    change = "seed=1" if experiment["tuning"].name == "full" else "tuning.name=full"
+    change = "tuning.name=head" if experiment["tuning"].name == "bias" else "seed=1"
     return f"fedsim run {file or 'quickstart'} --set {change}"
 
 

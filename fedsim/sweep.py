@@ -83,8 +83,16 @@ def _values(text: str) -> list[Any]:
     return list({_toml(value): value for value in found}.values())
 
 
+CELLS = "cells"  #: key of a grid whose values are tables
+
+
 def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """All combinations as validated experiments, the last key changing fastest.
+
+    Args:
+        base: what all cells share.
+        grid: key -> values; the key `cells` holds tables of keys that belong together (a mode and its
+            learning rate, say), each combined with all values of the other keys.
 
     Raises:
         UserError: a combination is no valid experiment; the message names it.
@@ -95,8 +103,9 @@ def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
             "for example --grid seed=0,1,2"
         )
     cells = []
-    for values in itertools.product(*grid.values()):
-        keys = dict(zip(grid, values, strict=True))
+    axes = [[value if key == CELLS else {key: value} for value in values] for key, values in grid.items()]
+    for tables in itertools.product(*axes):
+        keys = {key: value for table in tables for key, value in table.items()}
         # a name chooses another object and drops the former one's keys: it goes first
         ordered = sorted(keys.items(), key=lambda pair: not pair[0].endswith(".name"))
         overrides = [f"{key}={_toml(value)}" for key, value in ordered]

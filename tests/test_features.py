@@ -41,8 +41,8 @@ def test_features_are_the_backbones_outputs_row_by_row() -> None:
     inputs, labels = task.train_batch(rows)
     torch.testing.assert_close(inputs, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(labels, task.data.arrays.train_y[rows])
+    unused = np.setdiff1d(np.arange(len(task.data.arrays.train_y)), task.data.partition.indices)
     with pytest.raises(IndexError, match="no client and no split uses"):
-        unused = np.setdiff1d(np.arange(len(task.data.arrays.train_y)), task.data.partition.indices)
         task.train_batch(unused[:1])
 
 
@@ -87,7 +87,7 @@ def test_another_model_or_other_data_never_share_features(
 
 
 def test_faster(tmp_path: Path) -> None:
-    """One process, training of one client: tiny-clip is small, so the bar is low; real backbones gain more."""
+    """Training of one client in one process; tiny-clip is tiny: real backbones gain far more."""
     from clients.training import back_propagation
 
     def seconds(cache: bool) -> float:

@@ -158,3 +158,19 @@ def test_the_table_is_made_from_the_results_alone() -> None:
         "| bias | 2 | 0.800 ± 0.141 | 0.500 ± 0.000 | 0.375 ± 0.177 | 1.5 MB | 4.0 s |\n"
         "| head | 1 (1 failed) | 0.600 | 0.500 | 0.250 | 1.5 MB | 4.0 s |\n"
     )
+
+
+def test_keys_that_belong_together_are_cells() -> None:
+    grid = {
+        "seed": [0, 1],
+        "cells": [{"tuning.name": "full", "client.lr": 0.1}, {"tuning.name": "head", "client.lr": 0.5}],
+    }
+    found = cells_of(tiny(), grid)
+    assert [dict(cell.keys) for cell in found] == [
+        {"seed": 0, "tuning.name": "full", "client.lr": 0.1},
+        {"seed": 0, "tuning.name": "head", "client.lr": 0.5},
+        {"seed": 1, "tuning.name": "full", "client.lr": 0.1},
+        {"seed": 1, "tuning.name": "head", "client.lr": 0.5},
+    ]
+    assert [cell.experiment["client"].options["lr"] for cell in found] == [0.1, 0.5, 0.1, 0.5]
+    assert len({cell.experiment.name for cell in found}) == 4
