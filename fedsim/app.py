@@ -64,7 +64,8 @@ class FederatedClientApp(ClientApp):
             experiment,
             derive_seed(experiment.seed, instruction[messages.ROUND], message.metadata.message_type, who),
         ):
-            task, app = _client(str(instruction[messages.EXPERIMENT]))
+            path = str(context.node_config.get("data-path", ""))
+            task, app = _client(str(instruction[messages.EXPERIMENT]), path, who if path else -1)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
             reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)
@@ -74,11 +75,11 @@ class FederatedClientApp(ClientApp):
 
 
 @lru_cache(maxsize=2)
-def _client(text: str) -> tuple[Task, ClientApp]:
-    """Task and client app of an experiment; built once per process."""
+def _client(text: str, path: str, who: int) -> tuple[Task, ClientApp]:
+    """Task and client app of an experiment (with the node's own data, if it has a path); built once."""
     from fedsim import task as tasks
 
-    task = tasks.cached(text)
+    task = tasks.cached(text, tasks.OwnData(path, who)) if path else tasks.cached(text)
     app: ClientApp = task.experiment.build("client", task)
     return task, app
 

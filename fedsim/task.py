@@ -28,6 +28,14 @@ from fedsim.errors import UserError
 from fedsim.models.base import Classifier, DataInfo, set_train_mode
 
 
+@dataclass(frozen=True)
+class OwnData:
+    """Where a real node keeps its client's data (`--node-config 'data-path="/data/mine.npz"'`)."""
+
+    path: str
+    client: int
+
+
 @dataclass
 class Task:
     """What a client trains and a server evaluates.
@@ -164,13 +172,17 @@ def cross_entropy(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(network(inputs), labels)
 
 
-def build(experiment: Experiment) -> Task:
+def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     """Build a task: data, model (weights from the experiment's seed), tuning, selection.
+
+    Args:
+        experiment: what to build.
+        own: a real node's own data, instead of its share of the experiment's.
 
     Raises:
         UserError: anything in the experiment that does not fit together.
     """
-    data = load_data(experiment)
+    data = load_data(experiment) if own is None else _load_own(experiment, own)
     model = build_model(experiment, data.info)
     personal = experiment.settings["payload"].get("personal", [])
     selection = payload.select(model, model.train_modules, personal)
@@ -218,7 +230,13 @@ def load_data(experiment: Experiment) -> FederatedData:
     )
 
 
+def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:
+    options = {key: value for key, value in experiment["data"].options.items() if key == "size"}
+    roots = [Path.cwd()]
+    return federated.load_own(own.path, options, client=own.client, clients=experiment.clients, roots=roots)
+
+
 @lru_cache(maxsize=2)
-def cached(text: str) -> Task:
+def cached(text: str, own: OwnData | None = None) -> Task:
     """The task of an experiment sent as JSON; built once per process."""
-    return build(config.from_json(text))
+    return build(config.from_json(text), own)

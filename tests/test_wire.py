@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
@@ -197,3 +198,38 @@ def test_a_misshapen_packed_reply_is_refused_and_named(tmp_path: Path) -> None:
         False,
     ]
     assert summary["rounds"] == 1
+
+
+class WithOwnData(FederatedClientApp):
+    """Every node has a file of its own and says where."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        context.node_config["data-path"] = str(self.folder / f"{context.node_id - FIRST_NODE}.npz")
+        return super().__call__(message, context)
+
+
+def test_nodes_with_private_files_equal_a_natural_partition(tmp_path: Path) -> None:
+    """The server has a test set alone; each node trains on its own file."""
+    rng = np.random.default_rng(0)
+    x, y, owner = rng.random((90, 6), np.float32), np.arange(90) % 3, np.arange(90) // 30
+    test = {"x_test": x[:9], "y_test": y[:9]}
+    np.savez(tmp_path / "all.npz", x_train=x, y_train=y, groups=owner, **test)
+    for client in range(3):
+        mine = owner == client
+        np.savez(tmp_path / f"{client}.npz", x_train=x[mine], y_train=y[mine], **test)
+    experiment = tiny(
+        data={"name": f"npz:{tmp_path / 'all.npz'}"}, partition={"name": "natural", "clients": 3}
+    )
+    ours = run(experiment, tmp_path / "ours").summary
+    theirs, _ = on_foreign_grid(experiment, tmp_path / "theirs", WithOwnData(tmp_path))
+    assert theirs["digest"] == ours["digest"]
+    (tmp_path / "1.npz").unlink()
+    again, _ = on_foreign_grid(experiment, tmp_path / "again", WithOwnData(tmp_path))
+    assert again["digest"] != ours["digest"]
+    lines = (tmp_path / "again" / "tiny" / "clients.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["client"] for row in rows if "there is no" in row.get("error", "")} == {1}

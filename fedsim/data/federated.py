@@ -135,6 +135,28 @@ def load(
     return FederatedData(arrays, Partition(rest[dealt.indices], dealt.offsets), held)
 
 
+def load_own(
+    path: str, options: Mapping[str, Any], *, client: int, clients: int, roots: Sequence[Path] = ()
+) -> FederatedData:
+    """The private data of a real node: every training sample of a file or image folder is its client's.
+
+    Args:
+        path: an .npz archive, or a folder of images.
+        options: keys of `[data]` that apply to that kind (image `size`, say).
+        client: which client the node is.
+        clients: how many there are; the others have nothing here.
+        roots: folders in which a relative path is looked up.
+
+    Raises:
+        UserError: see `load_arrays`.
+    """
+    kind = "imagefolder" if any((root / path).is_dir() for root in [*roots, Path.cwd()]) else "npz"
+    arrays = load_arrays(f"{kind}:{path}", options, roots=roots)
+    rows = np.arange(len(arrays.train_y))
+    offsets = np.where(np.arange(clients + 1) > client, len(rows), 0).astype(np.int64)
+    return FederatedData(arrays, Partition(rows, offsets), np.empty(0, np.int64))
+
+
 # -------------------------------------------------------------------------------- looking at a split
 
 
