@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim import assets_cli
 from fedsim.errors import UserError
 from fedsim.session import Session
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(assets_cli.app, name="assets")
 
 # Arguments are explained in the docstrings: click 8.5 drops the help that typer 0.20 gives them.
 File = Annotated[str | None, typer.Argument(hidden=True)]

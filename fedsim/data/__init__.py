@@ -3,6 +3,10 @@
 DATASETS = {
     "digits": "fedsim.data.sources:digits",
     "mnist-5k": "fedsim.data.sources:mnist_5k",
+    "cifar10": "fedsim.data.asset_datasets:cifar10",
+    "fashion-mnist": "fedsim.data.asset_datasets:fashion_mnist",
+    "sentiment": "fedsim.data.asset_datasets:sentiment",
+    "hapt": "fedsim.data.asset_datasets:hapt",
     "npz:": "fedsim.data.sources:npz",
     "imagefolder:": "fedsim.data.sources:imagefolder",
 }

@@ -33,7 +33,7 @@ class Arrays:
     """A dataset in memory or memory-mapped.
 
     Args:
-        train_x: training inputs [n, ...], uint8 or float32.
+        train_x: training inputs [n, ...], uint8, int32 (token ids) or float32.
         train_y: their labels [n], int64, positions in `classes`.
         test_x: test inputs [m, ...].
         test_y: their labels [m].

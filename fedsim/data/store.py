@@ -120,9 +120,9 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
             raise UserError(f"[data] '{name}': the {part} set is empty; give it samples (test_fraction > 0)")
         if len(x) != len(y):
             raise UserError(f"[data] '{name}': {len(x)} {part} inputs but {len(y)} labels")
-        if x.dtype not in (np.uint8, np.float32) or y.dtype != np.int64:
+        if x.dtype not in (np.uint8, np.int32, np.float32) or y.dtype != np.int64:
             raise UserError(
-                f"[data] '{name}': {part} inputs must be uint8 or float32 and labels int64, "
+                f"[data] '{name}': {part} inputs must be uint8, int32 or float32 and labels int64, "
                 f"not {x.dtype} and {y.dtype}"
             )
         wrong = np.setdiff1d(y, np.arange(len(arrays.classes)))

@@ -1,0 +1,184 @@
+"""Datasets out of fetched assets (`fedsim assets fetch NAME`); a function here is a name of `[data]`.
+
+Test sets, subsets and their order are fixed, whoever asks for them: smaller subsets lie within larger ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fedsim.data import assets
+from fedsim.data.sources import Array, Arrays, Integers, stratified
+from fedsim.errors import UserError
+from fedsim.ranges import Count
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+ACTIVITIES = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "laying")
+
+_TEST_FRACTION, _TEST_USERS = 0.2, 9
+_LONGEST = 512  # positions that the sentence encoder has
+
+
+def cifar10(*, train_samples: Count | None = None, test_samples: Count | None = None) -> Arrays:
+    """CIFAR-10: colour photographs of ten kinds of animals and vehicles, 50,000 and 10,000.
+
+    Args:
+        train_samples: a fixed subset of so many training images, stratified by class (default: all).
+        test_samples: the same for the test images.
+
+    Returns:
+        uint8 [n, 3, 32, 32].
+    """
+    return _images("cifar10", CIFAR10, train_samples, test_samples)
+
+
+def fashion_mnist(*, train_samples: Count | None = None, test_samples: Count | None = None) -> Arrays:
+    """Fashion-MNIST: grey pictures of ten kinds of clothes, 60,000 and 10,000.
+
+    Args:
+        train_samples: a fixed subset of so many training images, stratified by class (default: all).
+        test_samples: the same for the test images.
+
+    Returns:
+        uint8 [n, 1, 28, 28].
+    """
+    return _images("fashion-mnist", FASHION, train_samples, test_samples)
+
+
+def sentiment(
+    *,
+    tokenizer: Literal["minilm"] = "minilm",
+    max_tokens: Count = 64,
+    train_samples: Count | None = None,
+    test_samples: Count | None = None,
+) -> Arrays:
+    """Sentences rated by people as negative or positive, from four domains, which are the natural clients.
+
+    Tweets, snippets of movie reviews, of product reviews and of newspaper editorials (Hutto and Gilbert
+    2014): 15,425 sentences whose mean rating, from -4 to 4, is beyond -1 or 1. A fifth of each class of
+    each domain is the test set. The domains (groups 0 to 3, in this order) differ in size and class mix.
+
+    Args:
+        tokenizer: whose token ids.
+        max_tokens: length of every row: longer sentences are cut, shorter ones padded with 0.
+        train_samples: a fixed subset of so many training sentences, stratified by domain and class.
+        test_samples: the same for the test sentences.
+
+    Returns:
+        int32 [n, max_tokens].
+    """
+    if not 3 <= max_tokens <= _LONGEST:
+        raise UserError(f"[data] max_tokens must be from 3 to {_LONGEST}, not {max_tokens}")
+    sentences = json.loads((assets.path("vader") / "sentences.json").read_text("utf-8"))
+    rating, domain = np.array(sentences["rating"]), np.array(sentences["domain"], np.int64)
+    clear = np.flatnonzero(np.abs(rating) > 1)
+    y, domain = (rating[clear] > 0).astype(np.int64), domain[clear]
+    texts = [sentences["text"][position] for position in clear]
+    x = _tokenised(texts, assets.path(tokenizer), max_tokens)
+    cells = 2 * domain + y
+    test = stratified(cells, _TEST_FRACTION, seed=0)
+    train = np.setdiff1d(np.arange(len(y)), test)
+    train = train[_subset(cells[train], train_samples, "train_samples")]
+    test = test[_subset(cells[test], test_samples, "test_samples")]
+    return Arrays(x[train], y[train], x[test], y[test], ("negative", "positive"), domain[train])
+
+
+def _tokenised(texts: list[str], folder: Path, length: int) -> Array:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=0)
+    # one by one: a batch would start threads, and a process with threads must not be forked
+    return np.array([tokenizer.encode(text).ids for text in texts], np.int32)
+
+
+def hapt(
+    *,
+    test: Literal["later", "users"] = "later",
+    train_samples: Count | None = None,
+    test_samples: Count | None = None,
+) -> Arrays:
+    """Six activities of 30 people, from the motion sensors of a phone; the people are the natural clients.
+
+    Windows of 128 samples (2.56 s), each half overlapping the one before (UCI HAPT, 10,411 windows of the
+    six basic activities). Test and training windows never overlap.
+
+    Args:
+        test: "later": the last fifth of each activity of each user; "users": all of nine users, so that 21
+            are left for training.
+        train_samples: a fixed subset of so many training windows, stratified by user and class.
+        test_samples: the same for the test windows.
+
+    Returns:
+        float32 [n, 128, 6]: acceleration x, y, z in g, angular velocity x, y, z in rad/s.
+    """
+    folder = assets.path("hapt")
+    x, y, user = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("x", "y", "user"))
+    cells = np.asarray(user * len(ACTIVITIES) + y)
+    if test == "users":
+        unseen = np.random.default_rng(0).permutation(np.unique(user))[:_TEST_USERS]
+        tested = np.flatnonzero(np.isin(user, unseen))
+        trained = np.flatnonzero(~np.isin(user, unseen))
+    else:
+        trained, tested = _by_time(cells)
+    trained = trained[_subset(cells[trained], train_samples, "train_samples")]
+    tested = tested[_subset(cells[tested], test_samples, "test_samples")]
+    groups = np.asarray(user[trained])
+    return Arrays(x[trained], y[trained], x[tested], y[tested], ACTIVITIES, groups)
+
+
+def _by_time(cells: Integers) -> tuple[Integers, Integers]:
+    """Of each cell the first windows and the last fifth, without the window between, which overlaps it."""
+    first, last = [], []
+    for cell in np.unique(cells):
+        members = np.flatnonzero(cells == cell)
+        cut = len(members) - max(1, round(_TEST_FRACTION * len(members)))
+        first.append(members[: max(cut - 1, 0)])
+        last.append(members[cut:])
+    return np.sort(np.concatenate(first)), np.sort(np.concatenate(last))
+
+
+def _images(name: str, classes: tuple[str, ...], train: int | None, test: int | None) -> Arrays:
+    folder = assets.path(name)
+    parts: dict[str, Any] = {}
+    for part, count in (("train", train), ("test", test)):
+        x, y = (np.load(folder / f"{part}_{axis}.npy", mmap_mode="r") for axis in "xy")
+        chosen = _subset(np.asarray(y), count, f"{part}_samples")
+        whole = len(chosen) == len(y)
+        parts |= {f"{part}_x": x if whole else x[chosen], f"{part}_y": y if whole else y[chosen]}
+    return Arrays(**parts, classes=classes)
+
+
+def _subset(cells: Integers, count: int | None, key: str) -> Integers:
+    """Sorted positions of `count` samples that mirror the cells' shares; a larger count adds samples.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count is None:
+        return np.arange(len(cells))
+    if count > len(cells):
+        raise UserError(f"[data] {key} = {count}, but there are only {len(cells)}; leave the key out for all")
+    rng = np.random.default_rng(0)
+    turn = np.empty(len(cells))  # when a sample is drawn, so that every cell advances at its own pace
+    for cell in np.unique(cells):
+        members = rng.permutation(np.flatnonzero(cells == cell))
+        turn[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.sort(np.argsort(turn, kind="stable")[:count])
