@@ -94,11 +94,15 @@ def export(run: Run, out: Path) -> dict[str, Any]:
         folder=out,
         shape=["n", *info.sample_shape],
     )
-    if _write_open_clip(task, out / "open_clip"):
-        files.insert(3, "open_clip/")
-        text += _OPEN_CLIP
+    notices = _notices(run, task, state)
+    try:
+        if _write_open_clip(task, out / "open_clip"):
+            files.insert(3, "open_clip/")
+            text += _OPEN_CLIP
+    except UserError as error:  # a tower with new modules has no open_clip form
+        notices.append(f"no open_clip folder: {error}")
     write_atomic(out / "README.md", text.encode())
-    return {"folder": str(out), "files": files, "state": state, "notices": _notices(run, task, state)}
+    return {"folder": str(out), "files": files, "state": state, "notices": notices}
 
 
 def load_model(folder: str | os.PathLike[str]) -> Classifier:

@@ -11,7 +11,10 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from fedsim.data.assets import assets_folder
+
     before = os.environ.get("FEDSIM_CACHE")
+    os.environ["FEDSIM_ASSETS"] = str(assets_folder())  # fetched once a machine, checked by their digests
     os.environ["FEDSIM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     torch.set_num_threads(1)
     yield

@@ -102,3 +102,11 @@ def test_a_clip_is_read_by_open_clip(tmp_path: Path) -> None:
     clip = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'open_clip'}")
     for name, value in clip.visual.state_dict().items():
         assert torch.equal(value, tuned[f"backbone.visual.{name}"]), name
+
+
+def test_a_clip_with_new_modules_is_exported_without_an_open_clip_form(tmp_path: Path) -> None:
+    result = run(tiny("rounds=1", **{**CLIP, "tuning": {"name": "adapter", "r": 4}}), tmp_path)
+    report = export(result.run, tmp_path / "out")
+    assert "no open_clip folder" in report["notices"][0]
+    assert "open_clip/" not in report["files"]
+    assert load_model(tmp_path / "out")(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

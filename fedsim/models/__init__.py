@@ -2,8 +2,21 @@
 
 MODELS = {
     "tiny-clip": "fedsim.models.clip:tiny_clip",
+    "clip-lite": "fedsim.models.open_clip_models:clip_lite",
+    "open_clip:": "fedsim.models.open_clip_models:open_clip_model",
+    "efficientnet-lite0": "fedsim.models.timm_models:efficientnet_lite0",
+    "vit-small": "fedsim.models.timm_models:vit_small",
+    "timm:": "fedsim.models.timm_models:timm_model",
+    "minilm": "fedsim.models.hf:minilm",
+    "hf:": "fedsim.models.hf:hf_model",
     "cnn": "fedsim.models.cnn:cnn",
     "mlp": "fedsim.models.cnn:mlp",
+    "resnet20": "fedsim.models.resnet:resnet20",
+    "resnet32": "fedsim.models.resnet:resnet32",
+    "resnet56": "fedsim.models.resnet:resnet56",
+    "resnet110": "fedsim.models.resnet:resnet110",
+    "vgg11": "fedsim.models.vgg:vgg11",
+    "vgg16": "fedsim.models.vgg:vgg16",
 }
 
 TUNING = {
@@ -12,4 +25,9 @@ TUNING = {
     "bias": "fedsim.models.tuning:bias",
     "norm": "fedsim.models.tuning:norm",
     "partial": "fedsim.models.tuning:partial",
+    "vpt-shallow": "fedsim.models.vpt:vpt_shallow",
+    "vpt-deep": "fedsim.models.vpt:vpt_deep",
+    "adapter": "fedsim.models.adapter:adapter",
+    "lora": "fedsim.models.lora:lora",
+    "clip-adapter": "fedsim.models.clip_adapter:clip_adapter",
 }

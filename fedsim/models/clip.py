@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, DataInfo, to_unit
+from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.images import ImageBackbone, check_images
 
 if TYPE_CHECKING:
     import os
@@ -32,7 +33,7 @@ TINY_WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
 TINY_CONFIG = TINY_WEIGHTS.with_suffix(".json")
 
 
-class ImageTower(nn.Module):
+class ImageTower(ImageBackbone):
     """A CLIP visual tower that takes images as they are stored.
 
     Args:
@@ -41,30 +42,23 @@ class ImageTower(nn.Module):
         whole: builds the whole CLIP that `visual` came from; only exporting needs it.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, visual: Any, config: Mapping[str, Any], whole: Callable[[], CLIP]) -> None:
-        super().__init__()
-        self.visual = visual
         size = visual.image_size
-        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        pixels = config["preprocess_cfg"]
+        super().__init__(
+            pixels["mean"],
+            pixels["std"],
+            (size, size) if isinstance(size, int) else (size[0], size[1]),
+            "bilinear" if pixels.get("interpolation") == "bilinear" else "bicubic",
+        )
+        self.visual = visual
         self.config = dict(config)
         self.whole = whole
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(config["preprocess_cfg"][name]).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [n, d] for images [n, 1 or 3, h, w], uint8 or float32 in 0..1; not normalised."""
+        """Features [n, d], not normalised, for images as stored."""
         features: Tensor = self.visual(self.prepare(images))
         return features
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Scale to 0..1, resize, repeat a single channel, normalise: float32 [n, 3, size, size]."""
-        x = to_unit(images)
-        if x.shape[-2:] != self.size:
-            x = functional.interpolate(x, size=self.size, mode="bilinear", antialias=True)
-        return (x.expand(-1, 3, -1, -1) - self.mean) / self.std
 
 
 class CosineHead(nn.Module):
@@ -147,7 +141,7 @@ def clip_classifier(
     *,
     config: Mapping[str, Any],
     whole: Callable[[], CLIP],
-    template: str = "a photo of a {}",
+    template: str | Sequence[str] = "a photo of a {}",
 ) -> Classifier:
     """A classifier of any open_clip model; the text tower is used once, for the head, and let go.
 
@@ -157,19 +151,27 @@ def clip_classifier(
         data: class names and the shape of one image.
         config: content of `open_clip_config.json`: model_cfg and preprocess_cfg.
         whole: builds `clip` again, for `export_open_clip`.
-        template: caption of a class; `{}` stands for its name.
+        template: caption of a class; `{}` stands for its name. Of several captions, the mean of their
+            normalised text features counts.
 
     Raises:
-        UserError: no `{}` in the template, inputs are no images, or a word the tokenizer does not know.
+        UserError: no `{}` in a template, inputs are no images, or a word the tokenizer does not know.
     """
-    if "{}" not in template:
-        raise UserError(f"[model] template '{template}' has no '{{}}' for the class name")
-    if len(data.sample_shape) != 3 or data.sample_shape[0] not in (1, 3):
-        raise UserError(f"CLIP takes images with 1 or 3 channels, the data are {list(data.sample_shape)}")
-    captions = [template.replace("{}", name) for name in data.classes]
+    templates = [template] if isinstance(template, str) else list(template)
+    bad = [text for text in templates if "{}" not in text]
+    if bad or not templates:
+        raise UserError(f"[model] template '{''.join(bad[:1])}' has no '{{}}' for the class name")
+    check_images(data, "CLIP")
     clip.eval()
     with torch.no_grad():
-        text = clip.encode_text(tokenize(captions), normalize=True)
+        text = torch.stack(
+            [
+                clip.encode_text(
+                    tokenize([form.replace("{}", name) for name in data.classes]), normalize=True
+                )
+                for form in templates
+            ]
+        ).mean(0)
     tower = ImageTower(clip.visual, config, whole)
     return Classifier(tower, CosineHead(text, clip.logit_scale), head_is_prior=True).eval()
 
@@ -218,7 +220,7 @@ def export_open_clip(model: Classifier, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        UserError: the model is no CLIP.
+        UserError: the model is no CLIP, or its tuning added modules that open_clip has no place for.
     """
     from safetensors.torch import save_file
 
@@ -226,6 +228,13 @@ def export_open_clip(model: Classifier, folder: str | os.PathLike[str]) -> Path:
     if not isinstance(tower, ImageTower):
         raise UserError("this model is no CLIP: it has no open_clip form; export it as safetensors")
     clip = tower.whole()
+    known = {f"visual.{name}" for name in clip.visual.state_dict()} | {"mean", "std"}
+    added = [name for name in tower.state_dict() if name not in known]
+    if added:
+        raise UserError(
+            f"this tuning added '{added[0]}' to the image tower, which open_clip has no place for; "
+            "use the exported safetensors"
+        )
     clip.visual.load_state_dict(tower.visual.state_dict())
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from fedsim.errors import UserError
 from fedsim.models.base import Classifier, train_only
 from fedsim.ranges import Count
 
+#: `bias` and `norm` find these; RMS norms of timm and transformers are recognised by their names
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -33,7 +34,7 @@ def bias(model: Classifier, /, *, head: bool | None = None) -> Classifier:
     Args:
         head: whether the head trains, too; by default it does unless it already classifies.
     """
-    return _backbone_part(model, lambda name: name.rsplit(".", 1)[-1].endswith("bias"), head, "bias")
+    return backbone_part(model, lambda name: name.rsplit(".", 1)[-1].endswith("bias"), head, "bias")
 
 
 def norm(model: Classifier, /, *, head: bool | None = None) -> Classifier:
@@ -42,8 +43,8 @@ def norm(model: Classifier, /, *, head: bool | None = None) -> Classifier:
     Args:
         head: whether the head trains, too; by default it does unless it already classifies.
     """
-    layers = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
-    return _backbone_part(model, lambda name: name.rpartition(".")[0] in layers, head, "norm")
+    layers = {name for name, module in model.named_modules() if _is_norm(module)}
+    return backbone_part(model, lambda name: name.rpartition(".")[0] in layers, head, "norm")
 
 
 def partial(model: Classifier, /, *, blocks: Count = 1) -> Classifier:
@@ -65,28 +66,32 @@ def partial(model: Classifier, /, *, blocks: Count = 1) -> Classifier:
         )
     chosen = [f"backbone.{name}" for name in names[-blocks:]]
     prefixes = tuple(f"{name}." for name in chosen)
-    return _backbone_part(model, lambda name: name.startswith(prefixes), None, "partial", chosen)
+    return backbone_part(model, lambda name: name.startswith(prefixes), None, "partial", chosen)
 
 
 def block_names(backbone: nn.Module) -> list[str]:
     """Names of the backbone's blocks, first to last.
 
-    The longest list of modules of one class (`resblocks` of open_clip, `blocks` of timm), or else the
-    direct children that have parameters.
+    The class that the backbone's lists of equal modules hold most of (`resblocks` of open_clip, `blocks`
+    of timm, the bottlenecks of `layer1` to `layer4` of a ResNet), or else the direct children that have
+    parameters.
     """
-    lists = [
-        (name, module)
-        for name, module in backbone.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(m) for m in module}) == 1
-    ]
-    if lists:
-        name, module = max(lists, key=lambda found: len(found[1]))
-        prefix = f"{name}." if name else ""
-        return [f"{prefix}{child}" for child, _ in module.named_children()]
+    found: dict[type[nn.Module], list[str]] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(m) for m in module}) == 1:
+            prefix = f"{name}." if name else ""
+            names = [f"{prefix}{child}" for child, _ in module.named_children()]
+            found.setdefault(type(module[0]), []).extend(names)
+    if found:
+        return max(found.values(), key=len)
     return [name for name, child in backbone.named_children() if any(True for _ in child.parameters())]
 
 
-def _backbone_part(
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or type(module).__name__.lower().endswith("rmsnorm")
+
+
+def backbone_part(
     model: Classifier,
     chosen: Callable[[str], bool],
     with_head: bool | None,
