@@ -14,6 +14,7 @@ A hook only stores numbers; the display's own thread draws them a few times a se
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,7 @@ def _board(experiment: Experiment, first_round: int) -> _Board:
     return _Board(experiment.name, details, experiment.rounds, done=max(0, first_round - 1))
 
 
-class _Watcher(Hook):
+class _Watcher(Hook, ABC):
     """What the displays share: which run is going on, and a limit on notices."""
 
     def __init__(self, main: Experiment | None = None) -> None:
@@ -114,9 +115,9 @@ class _Watcher(Hook):
     def finish(self, summary: dict[str, Any]) -> None:
         self._boards[-1].finished = True
 
+    @abstractmethod
     def say(self, text: str) -> None:
         """Print one line."""
-        raise NotImplementedError
 
 
 class PlainHook(_Watcher):
