@@ -169,7 +169,7 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
             if experiment.baselines:
                 hooks[0].notice(f"baselines ({', '.join(experiment.baselines)}) run under `fedsim run` only")
         run = run or Run.create(experiment)
-        watchers = [FolderHook(run), *hooks]
+        watchers = [FolderHook(run, task.half), *hooks]
         with run.lock():
             try:
                 loop = Loop(strategy, grid, task, run, watchers)

@@ -242,10 +242,16 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class FolderHook(Hook):
-    """Writes metrics.jsonl, clients.jsonl and TensorBoard events."""
+    """Writes metrics.jsonl, clients.jsonl and TensorBoard events.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: the folder.
+        half: names that travel as bfloat16, so that a client's bytes add up to the run's.
+    """
+
+    def __init__(self, run: Run, half: frozenset[str] = frozenset()) -> None:
         self.run = run
+        self.half = half
         self._clients: list[dict[str, Any]] = []
         self._board: Any = None
 
@@ -261,7 +267,7 @@ class FolderHook(Hook):
         if message.has_error():
             own["error"] = message.error.reason
         else:
-            own["bytes_up"] = messages.nbytes(message.content)
+            own["bytes_up"] = messages.nbytes(message.content, self.half)
             for record in message.content.metric_records.values():
                 said.update(record.items())
         self._clients.append({**own, **{k: v for k, v in said.items() if k not in own}})

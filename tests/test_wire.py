@@ -112,6 +112,8 @@ def test_bfloat16_counts_two_bytes_and_trains(tmp_path: Path) -> None:
     result = run(tiny(model={"name": "tests.bf16_model:make"}), tmp_path)
     sent = 64 * 16 * 2 + 16 * 2 + 16 * 10 * 4 + 10 * 4
     assert result.summary["bytes_up"] == 3 * 4 * sent
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "clients.jsonl").read_text().splitlines()]
+    assert {row["bytes_up"] for row in rows} == {sent}
     assert result.summary["accuracy"] > result.summary["accuracy_start"]
 
 
