@@ -154,17 +154,18 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
     from fedsim.runs import FolderHook, Run
     from fedsim.wire import WireGrid
 
-    foreign = not isinstance(grid, BaseGrid)
     # a second run of this process must see data and modules as they are now
     tasks.cached.cache_clear()
     _client.cache_clear()
     with running(experiment, derive_seed("server", experiment.seed)):
         task = tasks.cached(experiment.json())
         strategy = experiment.build("strategy")
-        if foreign:
+        if isinstance(grid, BaseGrid):
+            ours: BaseGrid | WireGrid = grid
+        else:
             from fedsim.progress import LogHook
 
-            grid = WireGrid(grid, experiment.clients, task.half)
+            ours = WireGrid(grid, experiment.clients, task.half)
             hooks = [LogHook(), *hooks]
             if experiment.baselines:
                 hooks[0].notice(f"baselines ({', '.join(experiment.baselines)}) run under `fedsim run` only")
@@ -172,7 +173,7 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
         watchers = [FolderHook(run, task.half), *hooks]
         with run.lock():
             try:
-                loop = Loop(strategy, grid, task, run, watchers)
+                loop = Loop(strategy, ours, task, run, watchers)
                 summary = close(loop, loop.execute())
                 for hook in watchers:
                     hook.finish(summary)

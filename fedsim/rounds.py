@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsim import messages, payload
 from fedsim.checkpoints import Unstorable
+from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.hooks import Hook, Round
 from fedsim.runs import Run
 from fedsim.strategy_state import require_clients, restore, state_of
 from fedsim.task import Task
 from fedsim.version import code_digest
+from fedsim.wire import WireGrid
 
 
 @dataclass
@@ -51,20 +52,27 @@ class Loop:
 
     Args:
         strategy: any Flower strategy.
-        grid: any Flower grid; on ours, client states are checkpointed too.
+        grid: one of ours, whose client states are checkpointed too, or a stranger's inside a WireGrid.
         task: the server's task.
         run: folder for checkpoints.
         hooks: watchers.
     """
 
-    def __init__(self, strategy: Strategy, grid: Grid, task: Task, run: Run, hooks: Sequence[Hook]) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        grid: BaseGrid | WireGrid,
+        task: Task,
+        run: Run,
+        hooks: Sequence[Hook],
+    ) -> None:
         self.strategy = strategy
         self.grid = grid
         self.task = task
         self.run = run
         self.hooks = hooks
         self.experiment = task.experiment
-        self.who = messages.roster(grid)
+        self.who = grid.roster
         self.resumable = True
         evaluation = self.experiment.settings["evaluation"]
         where = evaluation["where"]
@@ -203,18 +211,11 @@ class Loop:
                 progress.bytes_up += messages.nbytes(message.content, self.task.half)
             self._tell("reply", number, phase, self._who(message), message)
 
-        live = hasattr(self.grid, "on_reply")
-        if live:
-            self.grid.on_reply = arrived  # type: ignore[attr-defined]
+        self.grid.on_reply = arrived
         try:
-            replies = list(self.grid.send_and_receive(out))
+            return list(self.grid.send_and_receive(out))
         finally:
-            if live:
-                self.grid.on_reply = None  # type: ignore[attr-defined]
-        if not live:
-            for message in replies:
-                arrived(message)
-        return replies
+            self.grid.on_reply = None
 
     def _who(self, message: Message) -> int:
         return self.who.client(message.metadata.src_node_id)
@@ -270,7 +271,7 @@ class Loop:
                 "changed since; start a new run"
             )
         restore(self.strategy, tree["strategy"])
-        if hasattr(self.grid, "states"):
+        if isinstance(self.grid, BaseGrid):
             self.grid.states = dict(tree["clients"])
         python, numpy_state = tree["random"]
         random.setstate(python)
