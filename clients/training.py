@@ -30,14 +30,14 @@ from fedsim.task import Task
 
 PERSONAL = "personal"  #: key of the personal part in `context.state`
 
-#: (task, inputs, labels) -> detached mean loss; leaves gradients in the parameters
+#: (task, inputs, labels) -> detached mean loss; leaves gradients in the parameters (by `task.backward`)
 Step = Callable[[Task, Tensor, Tensor], Tensor]
 
 
 def back_propagation(task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
     """The ordinary step: one graph over the whole model."""
     loss = task.loss(task.network, inputs, labels)
-    loss.backward()  # type: ignore[no-untyped-call]
+    task.backward(loss)
     return loss.detach()
 
 
@@ -146,6 +146,7 @@ def fit(
         raise ValueError("this client has no training data")
     set_train_mode(task.model, training=True)
     optimizer.state.clear()
+    task.scaler = task.compute.scaler()
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr * lr_scale
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -155,13 +156,16 @@ def fit(
     for batch in batches(len(rows), recipe):
         inputs, labels = task.train_batch(rows[batch])
         optimizer.zero_grad(set_to_none=True)
-        loss = step(task, inputs, labels)
+        with task.compute.autocast():
+            loss = step(task, inputs, labels)
+        task.scaler.unscale_(optimizer)
         for parameter, anchor in anchors:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
         if recipe.clip > 0:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
+        task.scaler.step(optimizer)
+        task.scaler.update()
         total += loss.double() * len(batch)
         seen += len(batch)
     return {messages.EXAMPLES: min(len(rows), seen), "loss": total.item() / seen}

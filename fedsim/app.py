@@ -65,7 +65,10 @@ class FederatedClientApp(ClientApp):
             derive_seed(experiment.seed, instruction[messages.ROUND], message.metadata.message_type, who),
         ):
             path = str(context.node_config.get("data-path", ""))
-            task, app = _client(str(instruction[messages.EXPERIMENT]), path, who if path else -1)
+            text = str(instruction[messages.EXPERIMENT])
+            if device := context.node_config.get("device"):
+                text = experiment.replace(f"compute.device={device}").json()
+            task, app = _client(text, path, who if path else -1)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
             reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)

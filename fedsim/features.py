@@ -25,6 +25,7 @@ from fedsim.models.base import set_train_mode
 from fedsim.version import code_digest
 
 if TYPE_CHECKING:
+    from fedsim.compute import Compute
     from fedsim.config import Experiment
     from fedsim.data.federated import FederatedData
     from fedsim.models.base import Classifier
@@ -60,22 +61,27 @@ def cacheable(model: Classifier, changing: tuple[payload.Entry, ...]) -> bool:
     return frozen and any(True for _ in model.backbone.parameters())
 
 
-def train_features(experiment: Experiment, model: Classifier, data: FederatedData) -> Features:
+def train_features(
+    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute
+) -> Features:
     """Features of all training rows that a client has or the server holds back."""
     used = np.union1d(data.partition.indices, data.validation)
-    return _features(experiment, model, data, "train", data.arrays.train_x, used)
+    return _features(experiment, model, data, compute, "train", data.arrays.train_x, used)
 
 
-def test_features(experiment: Experiment, model: Classifier, data: FederatedData) -> Features:
+def test_features(
+    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute
+) -> Features:
     """Features of the whole test set."""
     x = data.arrays.test_x
-    return _features(experiment, model, data, "test", x, np.arange(len(x)))
+    return _features(experiment, model, data, compute, "test", x, np.arange(len(x)))
 
 
 def _features(
     experiment: Experiment,
     model: Classifier,
     data: FederatedData,
+    compute: Compute,
     part: str,
     x: NDArray[Any],
     rows: NDArray[np.int64],
@@ -85,6 +91,7 @@ def _features(
         json.dumps(experiment["model"].table(), sort_keys=True),
         code_stamp(registry.resolve("models", experiment["model"].name).target),
         [code_digest(), torch.__version__, torch.get_num_threads(), BATCH],
+        [compute.device.type, compute.precision],
         [data.arrays.digest, part],
         rows.astype(np.int64).tobytes(),
     )
@@ -92,7 +99,7 @@ def _features(
     values = _opened(file, len(rows))
     if values is None:
         buffer = io.BytesIO()
-        np.save(buffer, _computed(model, x, rows))
+        np.save(buffer, _computed(model, compute, x, rows))
         write_atomic(file, buffer.getvalue())
         values = np.load(file, mmap_mode="r")
     position = np.full(len(x), -1, np.int64)
@@ -110,11 +117,11 @@ def _opened(file: Any, rows: int) -> NDArray[Any] | None:
 
 
 @torch.no_grad()
-def _computed(model: Classifier, x: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+def _computed(model: Classifier, compute: Compute, x: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
     set_train_mode(model, training=False)
-    device = next(model.backbone.parameters()).device
-    parts = [
-        model.backbone(torch.from_numpy(x[rows[start : start + BATCH]]).to(device)).float().cpu().numpy()
-        for start in range(0, len(rows), BATCH)
-    ]
+    parts = []
+    with compute.autocast():
+        for start in range(0, len(rows), BATCH):
+            batch = torch.from_numpy(x[rows[start : start + BATCH]]).to(compute.device)
+            parts.append(model.backbone(batch).float().cpu().numpy())
     return np.concatenate(parts)

@@ -118,10 +118,27 @@ def features(*, cache: bool = True) -> None:
     """
 
 
+def compute(
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    deterministic: bool = True,
+) -> None:
+    """Where the model computes and in which precision.
+
+    Args:
+        device: `auto` is the GPU when there is one. A real node may override it:
+            `--node-config 'device="cpu"'`.
+        precision: of matrix products; weights, gradients, sums and what travels stay float32.
+        deterministic: on a GPU, only algorithms that give the same bits again.
+    """
+
+
 SETTINGS: dict[str, Callable[..., None]] = {
     "evaluation": evaluation,
     "checkpoints": checkpoints,
     "schedule": schedule,
     "payload": payload,
     "features": features,
+    "compute": compute,
 }

@@ -19,7 +19,8 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim import config, features, payload
+from fedsim import compute, config, features, payload
+from fedsim.compute import Compute
 from fedsim.config import Experiment
 from fedsim.data import federated
 from fedsim.data.federated import FederatedData
@@ -42,11 +43,13 @@ class Task:
 
     Attributes:
         experiment: where it came from.
-        model: the resident model on `device`.
+        model: the resident model on `compute.device`.
         data: all clients' data (memory-mapped; a client touches its own rows only).
         selection: names that travel and names that stay.
         frozen_digest: digest of everything that does neither.
         loss: (network, inputs, labels) -> mean loss of a batch, a scalar tensor with a graph.
+        compute: device and precision.
+        scaler: of the losses of the client that trains; the training loop makes a fresh one for each.
         network: what maps a batch's inputs to logits: the model, or its head alone where the features of
             a frozen backbone are computed once (`fedsim/features.py`).
     """
@@ -57,7 +60,7 @@ class Task:
     selection: payload.Selection
     frozen_digest: str
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
         state = self.model.state_dict(keep_vars=True)
@@ -71,20 +74,26 @@ class Task:
         wanted = self.experiment.settings["features"]["cache"]
         self._cached = wanted and features.cacheable(self.model, self.selection.changing)
         self.network: nn.Module = self.model.head if self._cached else self.model
+        self.scaler = self.compute.scaler()
 
     @cached_property
     def train_inputs(self) -> features.Features | NDArray[Any]:
         """What `network` takes, by rows of the training data."""
         if not self._cached:
             return self.data.arrays.train_x
-        return features.train_features(self.experiment, self.model, self.data)
+        return features.train_features(self.experiment, self.model, self.data, self.compute)
 
     @cached_property
     def test_inputs(self) -> features.Features | NDArray[Any]:
         """What `network` takes, by rows of the test data."""
         if not self._cached:
             return self.data.arrays.test_x
-        return features.test_features(self.experiment, self.model, self.data)
+        return features.test_features(self.experiment, self.model, self.data, self.compute)
+
+    @property
+    def device(self) -> torch.device:
+        """Where model and batches live."""
+        return self.compute.device
 
     @property
     def half(self) -> frozenset[str]:
@@ -120,6 +129,11 @@ class Task:
         """The shared part before any training."""
         return payload.to_record(self._initial, self.selection.shared)
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss, outside autocast and scaled for fp16: what a step calls."""
+        with self.compute.autocast(on=False):
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
     def train_batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Rows of the training data on the device: inputs of `network` [b, ...], labels int64 [b]."""
         return self._batch(self.train_inputs, self.data.arrays.train_y, rows)
@@ -143,7 +157,8 @@ class Task:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for start in range(0, len(rows), size):
             inputs, labels = self._batch(x, y, rows[start : start + size])
-            logits = self.network(inputs)
+            with self.compute.autocast():
+                logits = self.network(inputs).float()
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
             correct += (logits.argmax(1) == labels).sum()
         count = max(len(rows), 1)
@@ -183,7 +198,8 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         UserError: anything in the experiment that does not fit together.
     """
     data = load_data(experiment) if own is None else _load_own(experiment, own)
-    model = build_model(experiment, data.info)
+    where = compute.resolve(**experiment.settings["compute"])
+    model = build_model(experiment, data.info).to(where.device)
     personal = experiment.settings["payload"].get("personal", [])
     selection = payload.select(model, model.train_modules, personal)
     return Task(
@@ -193,6 +209,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         selection=selection,
         frozen_digest=payload.frozen_digest(model, selection.changing),
         loss=cross_entropy,
+        compute=where,
     )
 
 

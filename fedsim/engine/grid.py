@@ -224,8 +224,16 @@ def answer(
         trace = "".join(traceback.format_exception(error)).rstrip()
         reason = f"client {client}: {type(error).__name__}: {error}\n{trace}"
         code = _flwr.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        _release_gpu(error)
         return Message(Error(code, reason), reply_to=message), before
     return reply, context.state
+
+
+def _release_gpu(error: Exception) -> None:
+    """After a GPU ran out of memory, give back what torch keeps cached: the next client needs it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
 
 
 def is_empty(state: RecordDict) -> bool:

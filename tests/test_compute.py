@@ -1,0 +1,85 @@
+"""Device and precision: bf16 and fp16 train like fp32 within their resolution, and fp32 exactly as ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clients.training import back_propagation
+from fedsim import task as tasks
+from fedsim.compute import Compute, resolve
+from fedsim.errors import UserError
+from tests.helpers import run, tiny
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_like_fp32(precision: str, tmp_path: Path) -> None:
+    """Close to fp32, not equal to it (it is in use), with float32 on the wire, and reproducible."""
+    runs = {
+        name: run(tiny(f"name={name}", f"compute.precision={kind}"), tmp_path)
+        for name, kind in (("full", "fp32"), ("half", precision), ("again", precision))
+    }
+    full, half, again = (runs[name].state() for name in ("full", "half", "again"))
+    assert runs["half"].summary["digest"] == runs["again"].summary["digest"]
+    assert runs["half"].summary["digest"] != runs["full"].summary["digest"]
+    assert runs["half"].summary["bytes_up"] == runs["full"].summary["bytes_up"]
+    for name, values in full.items():
+        assert half[name].dtype == values.dtype == np.float32
+        np.testing.assert_allclose(half[name], values, atol=0.02)
+        np.testing.assert_array_equal(half[name], again[name])
+
+
+def test_fp16_gradients_are_scaled_and_unscaled() -> None:
+    """A step leaves scaled gradients; after `unscale_` they are those of fp32 within fp16's resolution."""
+    exact, scaled = (tasks.build(tiny(f"compute.precision={p}")) for p in ("fp32", "fp16"))
+    for task in (exact, scaled):
+        inputs, labels = task.train_batch(np.arange(16))
+        with task.compute.autocast():
+            back_propagation(task, inputs, labels)
+    scale = scaled.scaler.get_scale()
+    assert scale > 1
+    for one, two in zip(exact.model.parameters(), scaled.model.parameters(), strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
+        torch.testing.assert_close(two.grad / scale, one.grad, rtol=0.05, atol=1e-3)
+
+
+def test_a_step_that_forgets_to_scale_is_refused_under_fp16() -> None:
+    """`loss.backward()` in place of `task.backward(loss)` would train on gradients divided by the scale."""
+    from clients.training import Recipe, fit
+
+    task = tasks.build(tiny("compute.precision=fp16"))
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+
+    def careless(task: tasks.Task, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = task.loss(task.network, inputs, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    recipe = Recipe(0.1, 1.0, None, 16, 0.9, 0.0, 0.0, 0.0)
+    with pytest.raises(AssertionError, match="unscale"):
+        fit(task, np.arange(32), recipe, optimizer, careless, lr_scale=1.0, proximal_mu=0.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_error() -> None:
+    assert resolve("auto", "fp32", deterministic=True) == Compute(torch.device("cpu"), "fp32")
+    with pytest.raises(UserError, match=r"compute.device = \"auto\""):
+        resolve("cuda", "bf16", deterministic=True)
+
+
+def test_a_model_on_another_device_computes_there() -> None:
+    """A whole batch on `meta`: nothing inside loss, backward or optimiser step touches the CPU."""
+    task = tasks.build(tiny())
+    task.compute = Compute(torch.device("meta"))
+    task.model.to("meta")
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9)
+    inputs, labels = task.train_batch(np.arange(8))
+    assert inputs.is_meta
+    assert labels.is_meta
+    loss = back_propagation(task, inputs, labels)
+    optimizer.step()
+    assert loss.is_meta
