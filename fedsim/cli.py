@@ -112,6 +112,7 @@ def sweep(
     ] = None,
     overrides: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep folder (default: NAME-sweep).")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells that run side by side.")] = 1,
     as_json: Json = False,
     folder: Runs = None,
     verbose: Verbose = False,
@@ -130,7 +131,7 @@ def sweep(
 
             base = config.load(file, overrides or [])
             found = Sweep.open(base, parse_grid(grid or []), name=name, parent=folder)
-        results = _run_cells(session, found, debug=debug)
+        results = _run_cells(session, found, jobs=jobs, debug=debug)
         _show_sweep(session, found, results)
         if as_json:
             print(json.dumps({"sweep": str(found.folder), "results": results}))
@@ -288,7 +289,7 @@ def _next_command(finished: Run, experiment: Experiment, file: str | None) -> st
     return f"fedsim run {file or 'quickstart'} --set {change}"
 
 
-def _run_cells(session: Session, found: Sweep, *, debug: bool) -> list[dict[str, Any]]:
+def _run_cells(session: Session, found: Sweep, *, jobs: int, debug: bool) -> list[dict[str, Any]]:
     """Run a sweep, one line per cell."""
     total = len(found.cells)
     width = len(str(total))
@@ -304,7 +305,9 @@ def _run_cells(session: Session, found: Sweep, *, debug: bool) -> list[dict[str,
         line = f"{mark} {number:>{width}}/{total}  {escape(cell.label)}  {text}"
         session.console.print(line, highlight=False, soft_wrap=True)
 
-    return found.run(lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug)
+    return found.run(
+        lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug, jobs=jobs
+    )
 
 
 def _show_sweep(session: Session, found: Sweep, results: list[dict[str, Any]]) -> None:

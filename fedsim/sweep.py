@@ -17,8 +17,11 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -177,27 +180,63 @@ class Sweep:
         *,
         after: Callable[[int, Cell, Result], None] = lambda number, cell, result: None,
         stop_on_error: bool = False,
+        jobs: int = 1,
     ) -> list[Result]:
-        """Run what is not finished, cell by cell; results and table are written after each.
+        """Run what is not finished; results and table are written after each cell.
 
         Args:
-            watch: hooks of a cell.
+            watch: hooks of a cell; not used with several jobs.
             after: told every cell's result, those of earlier calls too.
             stop_on_error: raise what a cell raises, instead of recording it and going on.
+            jobs: cells that run side by side, each job in a process of its own.
 
         Returns:
             One result per cell.
         """
-        results: list[Result] = []
+        results: dict[int, Result] = {}
+
+        def done(number: int, result: Result) -> None:
+            results[number] = result
+            self._write([results[number] for number in sorted(results)])
+            after(number + 1, self.cells[number], result)
+
         with Run(self.folder).lock():
-            for number, cell in enumerate(self.cells, start=1):
-                result = self._finished(cell)
-                if result is None:
-                    result = self._run_cell(cell, watch, stop_on_error=stop_on_error)
-                results.append(result)
-                self._write(results)
-                after(number, cell, result)
-        return results
+            todo = []
+            for number, cell in enumerate(self.cells):
+                found = self._finished(cell)
+                if found is not None:
+                    done(number, found)
+                elif jobs > 1:
+                    todo.append(number)
+                else:
+                    done(number, _run_cell(cell, self.folder / "cells", watch, stop_on_error=stop_on_error))
+            if todo:
+                self._run_side_by_side(todo, jobs, done, stop_on_error=stop_on_error)
+        return [results[number] for number in sorted(results)]
+
+    def _run_side_by_side(
+        self, todo: Sequence[int], jobs: int, done: Callable[[int, Result], None], *, stop_on_error: bool
+    ) -> None:
+        """Cells in `jobs` processes that stay for the whole sweep: torch is imported once in each."""
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            parent = self.folder / "cells"
+            running = {}
+            for number in todo:
+                cell = self.cells[number]
+                future = pool.submit(
+                    _run_apart, dict(cell.keys), cell.experiment.json(), parent, stop_on_error
+                )
+                running[future] = number
+            try:
+                for future in as_completed(running):
+                    done(running[future], future.result())
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a process of this sweep was killed (out of memory?); the same command goes on, "
+                    "with fewer --jobs if it was the memory"
+                ) from error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _finished(self, cell: Cell) -> Result | None:
         run = Run(self.folder / "cells" / cell.experiment.name)
@@ -206,22 +245,6 @@ class Sweep:
         summary = run.summary()
         missing = set(cell.experiment.baselines) - set(baselines_of(summary))
         return None if missing else _result(cell, summary)
-
-    def _run_cell(self, cell: Cell, watch: Watch, *, stop_on_error: bool) -> Result:
-        parent = self.folder / "cells"
-        name = cell.experiment.name
-        try:
-            run = Run(parent / name)
-            if not run.folder.exists():
-                run = Run.create(cell.experiment, parent)
-            with watch(cell) as hooks:
-                summary = run_experiment(cell.experiment, run, hooks).summary
-        except Exception as error:
-            if stop_on_error:
-                raise
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            return {"cell": dict(cell.keys), "error": f"{kind}{error}"}
-        return _result(cell, summary)
 
     def _write(self, results: Sequence[Result]) -> None:
         write_atomic(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -242,6 +265,28 @@ class Sweep:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no sweep; give --name")
         write_atomic(record, text.encode())
+
+
+def _run_cell(cell: Cell, parent: Path, watch: Watch, *, stop_on_error: bool) -> Result:
+    """Run one cell, or go on with it; what it raises becomes its result unless `stop_on_error`."""
+    try:
+        run = Run(parent / cell.experiment.name)
+        if not run.folder.exists():
+            run = Run.create(cell.experiment, parent)
+        with watch(cell) as hooks:
+            summary = run_experiment(cell.experiment, run, hooks).summary
+    except Exception as error:
+        if stop_on_error:
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return {"cell": dict(cell.keys), "error": f"{kind}{error}"}
+    return _result(cell, summary)
+
+
+def _run_apart(keys: dict[str, Any], text: str, parent: Path, stop_on_error: bool) -> Result:
+    """Run one cell in a process of its own, where nobody watches it."""
+    cell = Cell(keys, config.from_json(text))
+    return _run_cell(cell, parent, lambda _: nullcontext(()), stop_on_error=stop_on_error)
 
 
 def _result(cell: Cell, summary: Mapping[str, Any]) -> Result:

@@ -92,6 +92,22 @@ def test_going_on_after_an_interruption(tmp_path: Path) -> None:
     assert folders == {cell.experiment.name for cell in cells_of(tiny(), GRID)}
 
 
+def test_side_by_side_gives_the_same_results(tmp_path: Path) -> None:
+    """Two processes: same digests in the same order, a failing cell harms no other, finished ones stay."""
+    grid = {"partition.shots": [4, 5000, 3], "seed": [0, 1]}
+    told: list[int] = []
+    one = Sweep(tmp_path / "one", tiny("rounds=1"), grid).run(silent)
+    both = Sweep(tmp_path / "two", tiny("rounds=1"), grid)
+    two = both.run(silent, jobs=2, after=lambda number, cell, result: told.append(number))
+    assert sorted(told) == [1, 2, 3, 4, 5, 6]
+    assert [r.get("error") for r in one] == [r.get("error") for r in two]
+    assert [r["cell"] for r in one] == [r["cell"] for r in two]
+    digests = [[r["summary"]["digest"] for r in found if "summary" in r] for found in (one, two)]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 4
+    assert json.loads((tmp_path / "two" / "results.json").read_text()) == two
+
+
 def test_a_failed_cell_is_recorded_and_the_others_run(tmp_path: Path) -> None:
     found = Sweep(tmp_path / "s", tiny("rounds=1"), {"partition.shots": [5000, 4]})
     results = found.run(silent)
