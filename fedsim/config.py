@@ -330,8 +330,11 @@ def _check_sweep(sweep: Any, source: str) -> dict[str, list[Any]]:
     for key, values in sweep.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{source}: [sweep] '{key}' must be a list of values")
-        if key == "cells" and not all(isinstance(value, dict) and value for value in values):
-            raise UserError(f"{source}: [sweep] 'cells' must be a list of tables of keys")
+        tables = [value for value in values if isinstance(value, dict)]
+        if tables and (len(tables) < len(values) or not all(tables)):
+            raise UserError(
+                f"{source}: [sweep] '{key}' mixes tables of keys with plain values, or has an empty one"
+            )
     return dict(sweep)
 
 

@@ -68,7 +68,12 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         progress.arrays = load(best)["arrays"]
         loop.task.load(progress.arrays)
         measured = loop.task.evaluate_split("test")
-        progress.last = {"accuracy": measured["accuracy"], "loss": measured["loss"]}
+        held = loop.task.evaluate_split("validation")
+        progress.last = {
+            "accuracy": measured["accuracy"],
+            "loss": measured["loss"],
+            "validation_accuracy": held["accuracy"],
+        }
     values = messages.views_of(progress.arrays)
     write_atomic(run.folder / "state.safetensors", save({k: v.copy() for k, v in values.items()}))
     summary = {
@@ -79,6 +84,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         "accuracy": progress.last["accuracy"],
         "loss": progress.last["loss"],
         "accuracy_start": progress.start["accuracy"],
+        **{key: value for key, value in progress.last.items() if key == "validation_accuracy"},
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "seconds": round(progress.seconds, 3),

@@ -146,9 +146,9 @@ class Loop:
         metrics = (
             self._client_metrics(progress, number) if self.on_clients else self._server_metrics(progress)
         )
-        progress.last = {key: metrics.pop(key) for key in ("accuracy", "loss")}
-        record.accuracy, record.loss = progress.last["accuracy"], progress.last["loss"]
+        record.accuracy, record.loss = metrics.pop("accuracy"), metrics.pop("loss")
         record.extra.update(metrics)
+        progress.last = {"accuracy": record.accuracy, "loss": record.loss, **metrics}
         validation = metrics.get("validation_loss")
         if validation is not None:
             if validation < progress.best:

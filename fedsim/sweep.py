@@ -86,16 +86,13 @@ def _values(text: str) -> list[Any]:
     return list({_toml(value): value for value in found}.values())
 
 
-CELLS = "cells"  #: key of a grid whose values are tables
-
-
 def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """All combinations as validated experiments, the last key changing fastest.
 
     Args:
         base: what all cells share.
-        grid: key -> values; the key `cells` holds tables of keys that belong together (a mode and its
-            learning rate, say), each combined with all values of the other keys.
+        grid: key -> values. A value may be a table of keys that belong together (a mode and its learning
+            rate, say); the name above a list of tables is free, `cells` for example.
 
     Raises:
         UserError: a combination is no valid experiment; the message names it.
@@ -106,7 +103,10 @@ def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
             "for example --grid seed=0,1,2"
         )
     cells = []
-    axes = [[value if key == CELLS else {key: value} for value in values] for key, values in grid.items()]
+    axes = [
+        [value if isinstance(value, Mapping) else {key: value} for value in values]
+        for key, values in grid.items()
+    ]
     for tables in itertools.product(*axes):
         keys = {key: value for table in tables for key, value in table.items()}
         # a name chooses another object and drops the former one's keys: it goes first
@@ -298,13 +298,13 @@ def _result(cell: Cell, summary: Mapping[str, Any]) -> Result:
 
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, str]]:
-    """One row per combination of all keys but `seed`: column -> text.
+    """One row per combination of all keys but `seed` and `baselines`: column -> text.
 
     Numbers are mean ± sample standard deviation over the cells of a row (the mean alone for one cell).
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
-        keys = {key: value for key, value in result["cell"].items() if key != "seed"}
+        keys = {key: value for key, value in result["cell"].items() if key not in ("seed", "baselines")}
         groups.setdefault(_toml(keys), []).append(result)
     return [_row(json.loads(keys), group) for keys, group in groups.items()]
 
@@ -315,6 +315,9 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
     failed = len(group) - len(good)
     row["n"] = f"{len(good)} ({failed} failed)" if failed else str(len(good))
     row["accuracy"] = _spread([s["accuracy"] for s in good])
+    held = [s["validation_accuracy"] for s in good if "validation_accuracy" in s]
+    if held:
+        row["validation"] = _spread(held)
     row["start"] = _spread([s["accuracy_start"] for s in good])
     for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
         row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
