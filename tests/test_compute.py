@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message
 
 from clients.training import back_propagation
 from fedsim import task as tasks
 from fedsim.compute import Compute, resolve
 from fedsim.errors import UserError
+from tests.engine.test_serial import ask, query_app
 from tests.helpers import run, tiny
 
 
@@ -83,3 +85,18 @@ def test_a_model_on_another_device_computes_there() -> None:
     loss = back_propagation(task, inputs, labels)
     optimizer.step()
     assert loss.is_meta
+
+
+def test_out_of_memory_empties_the_cache_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error reply like any other, and torch gives back what it holds before the next client."""
+    freed: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
+
+    def greedy(message: Message, context: Context) -> None:
+        if context.node_config["partition-id"] == 0:
+            raise torch.OutOfMemoryError("tried to allocate 1 PiB")
+
+    bad, good = ask(query_app(greedy), 2)[0]
+    assert "client 0: OutOfMemoryError: tried to allocate 1 PiB" in str(bad.error.reason)
+    assert good.has_content()
+    assert freed == [1]

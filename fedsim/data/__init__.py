@@ -7,6 +7,7 @@ DATASETS = {
     "fashion-mnist": "fedsim.data.asset_datasets:fashion_mnist",
     "sentiment": "fedsim.data.asset_datasets:sentiment",
     "hapt": "fedsim.data.asset_datasets:hapt",
+    "torchvision:": "fedsim.data.torchvision_sets:torchvision_set",
     "npz:": "fedsim.data.sources:npz",
     "imagefolder:": "fedsim.data.sources:imagefolder",
 }

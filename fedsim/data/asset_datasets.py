@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsim.data import assets
-from fedsim.data.sources import Array, Arrays, Integers, stratified
+from fedsim.data.sources import Array, Arrays, Integers, fixed_subset, stratified
 from fedsim.errors import UserError
 from fedsim.ranges import Count
 
@@ -94,8 +94,8 @@ def sentiment(
     cells = 2 * domain + y
     test = stratified(cells, _TEST_FRACTION, seed=0)
     train = np.setdiff1d(np.arange(len(y)), test)
-    train = train[_subset(cells[train], train_samples, "train_samples")]
-    test = test[_subset(cells[test], test_samples, "test_samples")]
+    train = train[fixed_subset(cells[train], train_samples, "train_samples")]
+    test = test[fixed_subset(cells[test], test_samples, "test_samples")]
     return Arrays(x[train], y[train], x[test], y[test], ("negative", "positive"), domain[train])
 
 
@@ -138,8 +138,8 @@ def hapt(
         trained = np.flatnonzero(~np.isin(user, unseen))
     else:
         trained, tested = _by_time(cells)
-    trained = trained[_subset(cells[trained], train_samples, "train_samples")]
-    tested = tested[_subset(cells[tested], test_samples, "test_samples")]
+    trained = trained[fixed_subset(cells[trained], train_samples, "train_samples")]
+    tested = tested[fixed_subset(cells[tested], test_samples, "test_samples")]
     groups = np.asarray(user[trained])
     return Arrays(x[trained], y[trained], x[tested], y[tested], ACTIVITIES, groups)
 
@@ -160,25 +160,7 @@ def _images(name: str, classes: tuple[str, ...], train: int | None, test: int | 
     parts: dict[str, Any] = {}
     for part, count in (("train", train), ("test", test)):
         x, y = (np.load(folder / f"{part}_{axis}.npy", mmap_mode="r") for axis in "xy")
-        chosen = _subset(np.asarray(y), count, f"{part}_samples")
+        chosen = fixed_subset(np.asarray(y), count, f"{part}_samples")
         whole = len(chosen) == len(y)
         parts |= {f"{part}_x": x if whole else x[chosen], f"{part}_y": y if whole else y[chosen]}
     return Arrays(**parts, classes=classes)
-
-
-def _subset(cells: Integers, count: int | None, key: str) -> Integers:
-    """Sorted positions of `count` samples that mirror the cells' shares; a larger count adds samples.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    if count is None:
-        return np.arange(len(cells))
-    if count > len(cells):
-        raise UserError(f"[data] {key} = {count}, but there are only {len(cells)}; leave the key out for all")
-    rng = np.random.default_rng(0)
-    turn = np.empty(len(cells))  # when a sample is drawn, so that every cell advances at its own pace
-    for cell in np.unique(cells):
-        members = rng.permutation(np.flatnonzero(cells == cell))
-        turn[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return np.sort(np.argsort(turn, kind="stable")[:count])

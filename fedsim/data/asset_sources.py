@@ -133,7 +133,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
 def public_cifar10(scratch: Path, made: Path) -> None:
     """The archive that torchvision downloads, read without torchvision's plain unpickling."""
     _refuse_offline()
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+    from torchvision.datasets import CIFAR10
 
     from fedsim.data.asset_readers import cifar10_pickles
 
@@ -155,7 +155,7 @@ def public_fashion_mnist(scratch: Path, made: Path) -> None:
 
 
 def _torchvision(url: str, scratch: Path, name: str, md5: str | None) -> Path:
-    from torchvision.datasets.utils import download_url  # type: ignore[import-untyped]
+    from torchvision.datasets.utils import download_url
 
     _reach(url)
     try:

@@ -237,6 +237,24 @@ def stratified(labels: Integers, fraction: float, *, seed: int) -> Integers:
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
 
+def fixed_subset(cells: Integers, count: int | None, key: str) -> Integers:
+    """Sorted positions of `count` samples that mirror the cells' shares; a larger count adds samples.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count is None:
+        return np.arange(len(cells))
+    if count > len(cells):
+        raise UserError(f"[data] {key} = {count}, but there are only {len(cells)}; leave the key out for all")
+    rng = np.random.default_rng(0)
+    turn = np.empty(len(cells))  # when a sample is drawn, so that every cell advances at its own pace
+    for cell in np.unique(cells):
+        members = rng.permutation(np.flatnonzero(cells == cell))
+        turn[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.sort(np.argsort(turn, kind="stable")[:count])
+
+
 def imagefolder(*, path: str, size: Count = 32, test_fraction: Portion = 0.2) -> Arrays:
     """A folder of images: one subfolder per class, or train/ and test/ with one subfolder per class each.
 
