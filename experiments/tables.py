@@ -3,8 +3,13 @@
     python experiments/tables.py            rewrite
     python experiments/tables.py --check    exit 1 if a table is not what its JSON says
 
-A table stands between `<!-- table: quickstart -->` and `<!-- end -->` and comes from
-`experiments/results/quickstart.json`, which is the `results.json` of a sweep.
+A table stands between a comment that describes it and `<!-- end -->`:
+
+    <!-- table: quickstart -->                                all results of experiments/results/quickstart.json
+    <!-- table: modes where model.name=minilm keys=tuning.name -->       some of them, fewer columns
+    <!-- table: modes rows=tuning.name columns=partition.name,partition.shots value=accuracy -->   crosswise
+
+A JSON file is the `results.json` of a sweep. Keys that a table leaves out must not tell its rows apart.
 """
 
 from __future__ import annotations
@@ -13,12 +18,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from fedsim.sweep import table_of
+from fedsim.sweep import rows_of, table_of
+from fedsim.terminal import human_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
-_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Results = list[dict[str, Any]]
 
 
 def rendered(text: str) -> str:
@@ -26,9 +35,58 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         results = json.loads((ROOT / "experiments" / "results" / f"{match[2]}.json").read_text("utf-8"))
-        return f"{match[1]}{table_of(results)}{match[3]}"
+        return f"{match[1]}{made(results, match[3].split())}{match[4]}"
 
     return _BLOCK.sub(table, text)
+
+
+def made(results: Results, words: list[str]) -> str:
+    """One table: `where KEY=VALUE ...` chooses results, the other words say what it looks like."""
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    shape = {key: given.pop(key).split(",") for key in ("keys", "rows", "columns", "value") if key in given}
+    chosen = [r for r in results if all(str(r["cell"].get(key)) == value for key, value in given.items())]
+    if "rows" in shape:
+        return crosswise(chosen, shape["rows"], shape["columns"], shape.get("value", ["accuracy"])[0])
+    return table_of(narrowed(chosen, shape["keys"]) if "keys" in shape else chosen)
+
+
+def narrowed(results: Results, keys: list[str]) -> Results:
+    """The results with these keys (and the seed) alone.
+
+    Raises:
+        ValueError: two results that differ otherwise would fall into one row.
+    """
+    seen: dict[str, set[str]] = {}
+    out = []
+    for result in results:
+        kept = {key: result["cell"][key] for key in [*keys, "seed"] if key in result["cell"]}
+        group = json.dumps(kept)
+        seen.setdefault(group, set()).add(json.dumps(result["cell"], sort_keys=True))
+        out.append({**result, "cell": kept})
+    twice = [group for group, cells in seen.items() if len(cells) > 1]
+    if twice:
+        raise ValueError(f"more than one cell is {twice[0]}: name another key")
+    return out
+
+
+def crosswise(results: Results, rows: list[str], columns: list[str], value: str) -> str:
+    """One line per value of the row keys, one column per value of the column keys, bytes at the end."""
+    cells = {}
+    heads: dict[str, None] = {}
+    sent: dict[str, str] = {}
+    for row in rows_of(narrowed(results, rows + columns)):
+        line, head = (" ".join(row[key] for key in keys if key in row) for keys in (rows, columns))
+        heads[head] = None
+        cells[line, head] = row.get(value, "")
+    for result in results:
+        if "summary" in result:
+            line = " ".join(str(result["cell"][key]) for key in rows if key in result["cell"])
+            summary = result["summary"]
+            sent[line] = human_bytes(summary["bytes_up"] / summary["rounds"] / summary["clients"])
+    lines = [["/".join(key.removesuffix(".name").rpartition(".")[2] for key in rows), *heads, "sent"]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[line, *(cells.get((line, head), "") for head in heads), sent[line]] for line in sent]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(check: bool) -> int:
