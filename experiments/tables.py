@@ -5,8 +5,8 @@
 
 A table stands between a comment that describes it and `<!-- end -->`:
 
-    <!-- table: quickstart -->                                all results of experiments/results/quickstart.json
-    <!-- table: modes where model.name=minilm keys=tuning.name -->       some of them, fewer columns
+    <!-- table: quickstart -->                        all results of experiments/results/quickstart.json
+    <!-- table: modes where model.name=minilm keys=tuning.name -->           some of them, fewer columns
     <!-- table: modes rows=tuning.name columns=partition.name,partition.shots value=accuracy -->   crosswise
 
 A JSON file is the `results.json` of a sweep. Keys that a table leaves out must not tell its rows apart.

@@ -52,16 +52,23 @@ def run(
     overrides: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
+    clients: Annotated[int | None, typer.Option(min=1, help="Simulated nodes of a Flower app.")] = None,
     as_json: Json = False,
     folder: Runs = None,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run an experiment (the quickstart if no FILE is given).
+    """Run an experiment (the quickstart if no FILE is given), or a Flower app.
 
-    FILE is an experiment file or the name of a shipped one (fedsim list experiments).
+    FILE is an experiment file, the name of a shipped one (fedsim list experiments), or the folder of
+    anybody's Flower app, which then runs unchanged on our engine with --clients nodes; --set gives
+    engine.name, engine.workers, seed, and keys of the app's own config.
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
+        if file is not None and Path(file).is_dir():
+            raise typer.Exit(_run_app(Path(file), clients, overrides or []))
+        if clients is not None:
+            raise UserError("--clients is for the folder of a Flower app; here say --set partition.clients=N")
         with session.loading():
             from fedsim import config
             from fedsim.finish import run_experiment
@@ -274,6 +281,17 @@ def _close(
     session.facts({"run folder": str(finished.folder), "next": next_command})
     if as_json:
         print(json.dumps(summary))
+
+
+def _run_app(folder: Path, clients: int | None, overrides: list[str]) -> int:
+    """Somebody's Flower app on our engine; its exit status."""
+    from fedsim import foreign
+
+    if not foreign.is_app(folder):
+        raise UserError(f"{folder} holds no Flower app (no pyproject.toml with [tool.flwr.app])")
+    if clients is None:
+        raise UserError(f"how many nodes? fedsim run {folder} --clients 10")
+    return foreign.launch(foreign.described(folder, clients, overrides))
 
 
 def _next_command(finished: Run, experiment: Experiment, file: str | None) -> str:
