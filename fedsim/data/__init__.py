@@ -13,10 +13,10 @@ DATASETS = {
 }
 
 PARTITIONS = {
-    "iid": "fedsim.data.partition:iid",
-    "dirichlet": "fedsim.data.partition:dirichlet",
-    "pathological": "fedsim.data.partition:pathological",
-    "shard": "fedsim.data.partition:shard",
-    "size-skew": "fedsim.data.partition:size_skew",
-    "natural": "fedsim.data.partition:natural",
+    "iid": "fedsim.data.partitioners:iid",
+    "dirichlet": "fedsim.data.partitioners:dirichlet",
+    "pathological": "fedsim.data.partitioners:pathological",
+    "shard": "fedsim.data.partitioners:shard",
+    "size-skew": "fedsim.data.partitioners:size_skew",
+    "natural": "fedsim.data.partitioners:natural",
 }

