@@ -94,6 +94,11 @@ class Experiment:
         common = self["partition"].common
         return 1 if common["pooled"] else int(common["clients"])
 
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Where relative paths are looked up: the experiment's folders, then the current one."""
+        return (*map(Path, self.folders), Path.cwd())
+
     def build(self, section: str, *platform: Any) -> Any:
         """Call what the section names with the platform's positional arguments and the file's keys."""
         chosen = self.sections[section]
@@ -214,7 +219,7 @@ def from_tables(
         given: top-level keys and sections as in a file.
         source: what to call them in error messages.
         folders: the experiment's own and the current one at that time: appended to `sys.path` so that a
-            user's modules are found, and searched for relative paths of data.
+            user's modules are found, and searched for relative paths (of data and weights).
         overrides: as in `load`.
     """
     folders = tuple(folders)

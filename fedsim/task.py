@@ -7,7 +7,7 @@ changing entry back, so nothing of one client is left for the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
     """
     with generators_restored():
         seed_everything(experiment.seed)
-        model = experiment.build("tuning", experiment.build("model", info))
+        model = experiment.build("tuning", experiment.build("model", replace(info, folders=experiment.roots)))
     if not isinstance(model, Classifier):
         raise UserError(
             f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
@@ -243,7 +243,7 @@ def load_data(experiment: Experiment) -> FederatedData:
         pooled=partition.common["pooled"],
         validation=experiment.settings["evaluation"]["validation"],
         seed=experiment.seed,
-        roots=[*map(Path, experiment.folders), Path.cwd()],
+        roots=experiment.roots,
     )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from fedsim import registry
 from fedsim.data.sources import Arrays, image_files
 from fedsim.errors import UserError
+from fedsim.lookup import find
 
 _VERSION = "1"
 
@@ -70,7 +71,7 @@ def load_arrays(name: str, options: Mapping[str, Any], *, roots: Sequence[Path] 
     keys = {**source.fixed, **options}
     stamp: list[Any] = []
     if isinstance(keys.get("path"), str):
-        keys["path"] = str(_find(keys["path"], roots))
+        keys["path"] = str(find(keys["path"], roots, "[data] path"))
         stamp = _stamp(Path(keys["path"]))
     folder = cache_folder("data") / cache_key(_VERSION, code_stamp(source.target), keys, stamp)
     for _ in range(3):  # once is enough, unless several processes replace a damaged entry at once
@@ -88,20 +89,6 @@ def code_stamp(target: Callable[..., Any]) -> list[Any]:
     """What changes when a function is another one or its source file is edited: name, file, size, time."""
     file = inspect.getsourcefile(target)
     return [f"{target.__module__}:{target.__qualname__}", *(_stamp(Path(file)) if file else [])]
-
-
-def _find(path: str, roots: Sequence[Path]) -> Path:
-    """The first existing `root / path`.
-
-    Raises:
-        UserError: there is none; says where it was looked for.
-    """
-    candidates = list(dict.fromkeys(root / Path(path).expanduser() for root in roots or [Path.cwd()]))
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate.resolve()
-    places = ", ".join(str(candidate) for candidate in candidates)
-    raise UserError(f"[data] path: there is no '{path}' (looked for {places})")
 
 
 def _stamp(path: Path) -> list[Any]:

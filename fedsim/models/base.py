@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,17 @@ from fedsim.errors import UserError
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a model may know of the data when it is built: class names and the shape of one sample."""
+    """What a model may know when it is built.
+
+    Attributes:
+        classes: names of the classes, in the order of the logits.
+        sample_shape: of one sample as stored.
+        folders: where relative paths of weights are looked up (`fedsim.lookup`).
+    """
 
     classes: tuple[str, ...]
     sample_shape: tuple[int, ...]
+    folders: tuple[Path, ...] = ()
 
 
 class Classifier(nn.Module):

@@ -7,6 +7,7 @@ Token ids come with the data; they must be those of the encoder's own tokenizer,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import UserError
+from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.quiet import quiet
 
@@ -54,7 +56,8 @@ def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classi
     """Any transformers text encoder, mean-pooled, with a new linear head.
 
     Args:
-        name: a folder with config.json and model.safetensors, or the model's name on the Hugging Face hub.
+        name: a folder with config.json and model.safetensors (relative to the experiment file, then to the
+            current folder), or the model's name on the Hugging Face hub.
         pretrained: load the weights; otherwise they are random and only the configuration is read.
 
     Raises:
@@ -65,7 +68,7 @@ def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classi
             f"model 'hf:{name}' takes token ids [length], the data are {list(data.sample_shape)}; "
             "choose a text dataset or another [model] name"
         )
-    encoder = _load(name, pretrained=pretrained)
+    encoder = _load(name, data.folders, pretrained=pretrained)
     longest = getattr(encoder.config, "max_position_embeddings", None)
     if longest is not None and data.sample_shape[0] > longest:
         raise UserError(
@@ -88,23 +91,29 @@ def minilm(data: DataInfo, /) -> Classifier:
     return hf_model(data, name=str(path("minilm")))
 
 
-def _load(name: str, *, pretrained: bool) -> Any:
+def _load(name: str, folders: Sequence[Path], *, pretrained: bool) -> Any:
     import transformers
 
     auto: Any = transformers.AutoModel
-    local = Path(name).is_dir()
+    places = candidates(name, folders)
+    local = next((place for place in places if place.is_dir()), None)
+    source = name if local is None else str(local.resolve())
+    offline = local is not None
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+            config = transformers.AutoConfig.from_pretrained(source, local_files_only=offline)
             encoder = (
-                auto.from_pretrained(name, local_files_only=local, config=config, dtype="float32")
+                auto.from_pretrained(source, local_files_only=offline, config=config, dtype="float32")
                 if pretrained
                 else auto.from_config(config)
             )
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if local is not None:
+            raise UserError(f"cannot load the text encoder in {source} ({reason})") from error
         raise UserError(
-            f"cannot load the text encoder '{name}' ({str(error).splitlines()[0]}); "
-            'without a network give the path of a folder: [model] name = "hf:FOLDER"'
+            f"cannot load the text encoder '{name}': there is no such folder (looked for {listed(places)}), "
+            f"and as a name on the Hugging Face hub it fails ({reason})"
         ) from error
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # features are the mean: it would train and travel for nothing

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedsim.errors import UserError, nearest
 from fedsim.files import write_atomic
+from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.clip import clip_classifier
 from fedsim.models.images import check_images
@@ -76,7 +77,8 @@ def open_clip_model(
     """Any open_clip model as a zero-shot classifier: `NAME@TAG`, `NAME@FILE`, or `NAME` with random weights.
 
     Args:
-        name: open_clip's name of the model, then `@` and a tag of pre-trained weights or a file.
+        name: open_clip's name of the model, then `@` and a tag of pre-trained weights or a file (relative to
+            the experiment file, then to the current folder).
         image_size: pixels a side that images are resized to; by default the model's own size.
         template: caption of a class, or several whose text features are averaged; `{}` stands for its name.
 
@@ -91,11 +93,8 @@ def open_clip_model(
     if architecture not in known:
         raise UserError(f"open_clip has no model '{architecture}': {nearest(architecture, known)}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if weights and weights not in tags and not Path(weights).is_file():
-        raise UserError(
-            f"open_clip has no weights '{weights}' for '{architecture}' and there is no such file: "
-            f"{nearest(weights, tags)}"
-        )
+    if weights and weights not in tags:
+        weights = str(_weights_file(weights, architecture, tags, data))
     make = partial(_create, architecture, weights, image_size)
     clip = make()
     config = {
@@ -110,6 +109,17 @@ def open_clip_model(
     except Exception as error:  # whatever the tokenizer's library raises
         raise UserError(f"cannot load the tokenizer of '{architecture}': {error}") from error
     return clip_classifier(clip, tokenize, data, config=config, whole=make, template=template)
+
+
+def _weights_file(weights: str, architecture: str, tags: list[str], data: DataInfo) -> Path:
+    places = candidates(weights, data.folders)
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    raise UserError(
+        f"open_clip has no weights '{weights}' for '{architecture}' ({nearest(weights, tags)}) and there is "
+        f"no such file (looked for {listed(places)})"
+    )
 
 
 def _create(architecture: str, weights: str, image_size: int | None) -> Any:

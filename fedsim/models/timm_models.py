@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsim.errors import UserError, nearest
+from fedsim.lookup import find
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.images import ImageBackbone, check_images
 from fedsim.models.quiet import quiet
@@ -56,14 +57,16 @@ def timm_model(
     Args:
         name: timm's name of the model.
         image_size: pixels a side that images are resized to; by default the model's own size.
-        weights: safetensors file with timm's names; a classifier in it is ignored.
+        weights: safetensors file with timm's names; a classifier in it is ignored. Relative to the experiment
+            file, then to the current folder.
         pretrained: let timm download its weights.
 
     Raises:
         UserError: no such model, no or unfit weights, a size that is no multiple of the patch size, or
             inputs that are no images.
     """
-    return _build(data, name, image_size, Path(weights) if weights else None, pretrained=pretrained)
+    file = find(weights, data.folders, "[model] weights") if weights else None
+    return _build(data, name, image_size, file, pretrained=pretrained)
 
 
 def efficientnet_lite0(data: DataInfo, /, *, image_size: Count = 128) -> Classifier:

@@ -117,8 +117,9 @@ def test_timm_weights_from_a_file(tmp_path: Path) -> None:
     assert small.get_parameter("backbone.trunk.pos_embed").shape == (1, 1 + 9, 192)
     with pytest.raises(UserError, match="do not fit the model"):
         timm_model(IMAGES, name="resnet18", weights=str(file))
+    (tmp_path / "nonsense").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        timm_model(IMAGES, name="resnet18", weights=str(tmp_path / "nothing"))
+        timm_model(IMAGES, name="resnet18", weights=str(tmp_path / "nonsense"))
 
 
 def test_timm_misuse() -> None:
