@@ -197,13 +197,38 @@ def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     return total.hexdigest()
 
 
-def frozen_digest(model: nn.Module, changing: Iterable[Entry]) -> str:
-    """Digest of everything in the model's state that does not change (16 hex digits)."""
+def digest_of(state: Mapping[str, Tensor], derived: Mapping[str, str] | None = None) -> str:
+    """`digest` of tensors, "meta" when one of them has no values.
+
+    Args:
+        state: tensors by name.
+        derived: names of computed ones -> digest of their ingredients, which is taken instead of the values:
+            the last bits of a computed value depend on the CPU.
+    """
+    if any(value.is_meta for value in state.values()):
+        return "meta"
+    made_of = derived or {}
+    return digest(
+        {
+            name: np.frombuffer(made_of[name].encode(), np.uint8) if name in made_of else _to_numpy(value)
+            for name, value in state.items()
+        }
+    )
+
+
+def frozen_digest(
+    model: nn.Module, changing: Iterable[Entry], derived: Mapping[str, str] | None = None
+) -> str:
+    """Digest of everything in the model's state that does not change (16 hex digits).
+
+    Args:
+        model: the tuned model.
+        changing: what is left out.
+        derived: see `digest_of` and `Classifier`.
+    """
     skip = {entry.name for entry in changing}
     frozen = {name: value for name, value in model.state_dict().items() if name not in skip}
-    if any(value.is_meta for value in frozen.values()):
-        return "meta"
-    return digest({name: _to_numpy(value) for name, value in frozen.items()})[:16]
+    return digest_of(frozen, derived)[:16]
 
 
 # ---------------------------------------------------------------------------- flat packing

@@ -46,7 +46,7 @@ class Task:
         model: the resident model on `compute.device`.
         data: all clients' data (memory-mapped; a client touches its own rows only).
         selection: names that travel and names that stay.
-        frozen_digest: digest of everything that does neither.
+        frozen_digest: digest of everything that does neither (of computed entries: of their ingredients).
         loss: (network, inputs, labels) -> mean loss of a batch, a scalar tensor with a graph.
         compute: device and precision.
         scaler: of the losses of the client that trains; the training loop makes a fresh one for each.
@@ -207,7 +207,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         model=model,
         data=data,
         selection=selection,
-        frozen_digest=payload.frozen_digest(model, selection.changing),
+        frozen_digest=payload.frozen_digest(model, selection.changing, model.derived),
         loss=cross_entropy,
         compute=where,
     )

@@ -9,7 +9,7 @@ Because the two parts have fixed names, tuning modes, feature caches and persona
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +41,24 @@ class Classifier(nn.Module):
         backbone: maps raw inputs [n, *sample_shape] to features [n, d], float32.
         head: maps features to logits [n, classes].
         head_is_prior: the head already classifies (a CLIP text classifier): bias tuning leaves it frozen.
+        derived: entries of the state that were computed -> digest of all that they were computed from. Two
+            honest machines may differ in the last bits of such a value, never in its ingredients: while an
+            entry is frozen, `payload.frozen_digest` covers the ingredients in its place.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, *, head_is_prior: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        *,
+        head_is_prior: bool = False,
+        derived: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.head_is_prior = head_is_prior
+        self.derived = dict(derived or {})
         self.train_modules: tuple[str, ...] = ()
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ def clip_classifier(
     config: Mapping[str, Any],
     whole: Callable[[], CLIP],
     template: str | Sequence[str] = "a photo of a {}",
+    derived: Mapping[str, str] | None = None,
 ) -> Classifier:
     """A classifier of any open_clip model; the text tower is used once, for the head, and let go.
 
@@ -153,6 +154,7 @@ def clip_classifier(
         whole: builds `clip` again, for `export_open_clip`.
         template: caption of a class; `{}` stands for its name. Of several captions, the mean of their
             normalised text features counts.
+        derived: entries of `clip`'s state that were computed, see `Classifier`.
 
     Raises:
         UserError: no `{}` in a template, inputs are no images, or a word the tokenizer does not know.
@@ -163,17 +165,26 @@ def clip_classifier(
         raise UserError(f"[model] template '{''.join(bad[:1])}' has no '{{}}' for the class name")
     check_images(data, "CLIP")
     clip.eval()
+    captions = [tokenize([form.replace("{}", name) for name in data.classes]) for form in templates]
     with torch.no_grad():
-        text = torch.stack(
-            [
-                clip.encode_text(
-                    tokenize([form.replace("{}", name) for name in data.classes]), normalize=True
-                )
-                for form in templates
-            ]
-        ).mean(0)
-    tower = ImageTower(clip.visual, config, whole)
-    return Classifier(tower, CosineHead(text, clip.logit_scale), head_is_prior=True).eval()
+        text = torch.stack([clip.encode_text(tokens, normalize=True) for tokens in captions]).mean(0)
+    return Classifier(
+        ImageTower(clip.visual, config, whole),
+        CosineHead(text, clip.logit_scale),
+        head_is_prior=True,
+        derived=_derived(clip, captions, derived or {}),
+    ).eval()
+
+
+def _derived(clip: CLIP, captions: Sequence[Tensor], derived: Mapping[str, str]) -> dict[str, str]:
+    """What the classifier's computed entries were made of: text features of the text tower and tokens."""
+    from fedsim.payload import digest_of
+
+    state = clip.state_dict()
+    text = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    tokens = {f"tokens of template {number}": value for number, value in enumerate(captions)}
+    visual = {f"backbone.{name}": made for name, made in derived.items() if name.startswith("visual.")}
+    return {"head.weight": digest_of(text | tokens, derived), **visual}
 
 
 @cache

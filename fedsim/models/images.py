@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,3 +56,22 @@ def check_images(data: DataInfo, model: str, smallest: int = 1) -> None:
             f"model '{model}' takes images [1 or 3 channels, height, width]{least}, "
             f"the data are {list(shape)}; choose another [model] name or [data] name"
         )
+
+
+def resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, str]:
+    """Entries that got another shape with another image size (position embeddings): what they were made of.
+
+    Args:
+        before: the state as stored.
+        after: the state at the new size.
+
+    Returns:
+        Name -> digest, as `Classifier` takes it.
+    """
+    from fedsim.payload import digest_of
+
+    return {
+        name: digest_of({"stored": before[name], "shape": torch.tensor(value.shape)})
+        for name, value in after.items()
+        if name in before and value.shape != before[name].shape
+    }

@@ -13,6 +13,7 @@ it would have had:  P = (E'E + λ I)^-1 E' (W - mean W).  It is closed-form and 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from fedsim.files import write_atomic
 from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.clip import clip_classifier
-from fedsim.models.images import check_images
+from fedsim.models.images import check_images, resampled
 from fedsim.models.quiet import quiet
 from fedsim.ranges import Count
 
@@ -51,7 +52,7 @@ def clip_lite(
         template: caption of a class, or several whose text features are averaged; `{}` stands for its name.
     """
     check_images(data, "clip-lite")
-    clip, tokenize = load_clip_lite(image_size)
+    clip, tokenize, derived = load_clip_lite(image_size)
     pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": image_size, "interpolation": "bicubic"}
     text = {"hf_model_name": _TEXT_MODEL, "hf_tokenizer_name": _TEXT_MODEL}
     config = _clip_lite_config(image_size)
@@ -63,6 +64,7 @@ def clip_lite(
         config={"model_cfg": config, "preprocess_cfg": pixels},
         whole=partial(_whole_clip_lite, image_size),
         template=template,
+        derived=derived,
     )
 
 
@@ -101,6 +103,9 @@ def open_clip_model(
         "model_cfg": open_clip.get_model_config(architecture),
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip),
     }
+    derived = {}
+    if weights and image_size not in (None, config["model_cfg"]["vision_cfg"].get("image_size")):
+        derived = resampled(_create(architecture, weights, None).state_dict(), clip.state_dict())
     if image_size is not None:
         config["model_cfg"]["vision_cfg"]["image_size"] = image_size
     try:
@@ -108,7 +113,9 @@ def open_clip_model(
             tokenize = open_clip.get_tokenizer(architecture)
     except Exception as error:  # whatever the tokenizer's library raises
         raise UserError(f"cannot load the tokenizer of '{architecture}': {error}") from error
-    return clip_classifier(clip, tokenize, data, config=config, whole=make, template=template)
+    return clip_classifier(
+        clip, tokenize, data, config=config, whole=make, template=template, derived=derived
+    )
 
 
 def _weights_file(weights: str, architecture: str, tags: list[str], data: DataInfo) -> Path:
@@ -143,12 +150,17 @@ def _create(architecture: str, weights: str, image_size: int | None) -> Any:
         ) from error
 
 
-def load_clip_lite(image_size: int) -> tuple[Any, Callable[[Sequence[str]], Tensor]]:
-    """The assembled open_clip model and its tokenizer; leaves torch's global RNG as it was."""
+def load_clip_lite(image_size: int) -> tuple[Any, Callable[[Sequence[str]], Tensor], dict[str, str]]:
+    """The assembled open_clip model, its tokenizer, and what its computed entries were made of.
+
+    Leaves torch's global RNG as it was.
+    """
     from open_clip.model import CustomTextCLIP
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from safetensors.torch import load_file
 
     from fedsim.data.assets import path
+    from fedsim.payload import digest_of
 
     image_weights, text_folder = path("efficientnet-lite0") / "model.safetensors", path("minilm")
     config = _clip_lite_config(image_size)
@@ -162,10 +174,13 @@ def load_clip_lite(image_size: int) -> tuple[Any, Callable[[Sequence[str]], Tens
     del state["classifier.bias"]
     clip.visual.trunk.load_state_dict(state)
     tokenize = _tokenizer(text_folder)
+    captions = [tokenize([form.replace("{}", name) for name in IMAGENET_CLASSNAMES]) for form in _FORMS]
     with torch.no_grad():
-        clip.logit_scale.fill_(_LOGIT_SCALE).log_()
-        clip.text.proj.weight.copy_(_projection(clip.text, tokenize, rows, text_folder).T)
-    return clip, tokenize
+        clip.logit_scale.fill_(math.log(_LOGIT_SCALE))
+        clip.text.proj.weight.copy_(_projection(clip.text, captions, rows, text_folder).T)
+    # with the rest of the text tower, which the digest of the text features covers anyway
+    made_of = {"rows": rows, "captions": torch.stack(captions), "penalty": torch.tensor(_RIDGE)}
+    return clip, tokenize, {"text.proj.weight": digest_of(made_of)}
 
 
 def _clip_lite_config(image_size: int) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _tokenizer(folder: Path) -> Callable[[Sequence[str]], Tensor]:
 
 
 @torch.no_grad()
-def _projection(text: Any, tokenize: Callable[[Sequence[str]], Tensor], rows: Tensor, folder: Path) -> Tensor:
+def _projection(text: Any, captions: Sequence[Tensor], rows: Tensor, folder: Path) -> Tensor:
     """P [384, 1280], from the cache if it was made of the same weights, forms and λ."""
     from safetensors.torch import load, save
 
@@ -221,7 +236,7 @@ def _projection(text: Any, tokenize: Callable[[Sequence[str]], Tensor], rows: Te
     )
     file = cache_folder("models") / f"clip-lite-{key}.safetensors"
     if not file.exists():
-        embeddings = _class_embeddings(text, tokenize)
+        embeddings = _class_embeddings(text, captions)
         write_atomic(file, save({"projection": ridge(embeddings, rows, _RIDGE)}))
     projection: Tensor = load(file.read_bytes())["projection"]
     return projection
@@ -241,17 +256,14 @@ def ridge(inputs: Tensor, targets: Tensor, penalty: float) -> Tensor:
     return solution.float().contiguous()
 
 
-def _class_embeddings(text: Any, tokenize: Callable[[Sequence[str]], Tensor]) -> Tensor:
+def _class_embeddings(text: Any, captions: Sequence[Tensor]) -> Tensor:
     """E [1000, 384]: mean over caption forms of normalised MiniLM embeddings of ImageNet's class names."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
     pad = text.config.pad_token_id
     found = []
-    for form in _FORMS:
-        ids = tokenize([form.replace("{}", name) for name in IMAGENET_CLASSNAMES])
+    for ids in captions:
         for batch in torch.split(ids, 100):
             batch = batch[:, : int((batch != pad).sum(1).max())]  # padding is masked: shorter is only faster
             mask = (batch != pad).long()
             hidden = text.transformer(input_ids=batch, attention_mask=mask)
             found.append(torch.nn.functional.normalize(text.pooler(hidden, mask), dim=-1))
-    return torch.cat(found).view(len(_FORMS), len(IMAGENET_CLASSNAMES), -1).mean(0)
+    return torch.cat(found).view(len(captions), len(captions[0]), -1).mean(0)

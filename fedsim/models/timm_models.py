@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedsim.errors import UserError, nearest
 from fedsim.lookup import find
 from fedsim.models.base import Classifier, DataInfo
-from fedsim.models.images import ImageBackbone, check_images
+from fedsim.models.images import ImageBackbone, check_images, resampled
 from fedsim.models.quiet import quiet
 from fedsim.ranges import Count
 
@@ -113,12 +113,12 @@ def _build(
         _load(trunk, weights)
     config: dict[str, Any] = trunk.pretrained_cfg
     size = image_size or config["input_size"][-1]
-    if size != config["input_size"][-1]:
-        _set_size(trunk, name, size)
+    derived = _set_size(trunk, name, size) if size != config["input_size"][-1] else {}
     backbone = TimmBackbone(
         trunk, mean or config["mean"], std or config["std"], size, config["interpolation"]
     )
-    return Classifier(backbone, nn.Linear(trunk.head_hidden_size, len(data.classes))).eval()
+    head = nn.Linear(trunk.head_hidden_size, len(data.classes))
+    return Classifier(backbone, head, derived=derived).eval()
 
 
 def _create(name: str, *, pretrained: bool) -> Any:
@@ -155,10 +155,14 @@ def _load(trunk: Any, weights: Path) -> None:
         raise UserError(f"[model] weights '{weights}' do not fit the model: {error}") from error
 
 
-def _set_size(trunk: Any, name: str, size: int) -> None:
-    """Vision Transformers get their position embedding resampled; a CNN takes any size."""
+def _set_size(trunk: Any, name: str, size: int) -> dict[str, str]:
+    """Vision Transformers get their position embedding resampled; a CNN takes any size.
+
+    Returns:
+        What the resampled entries were made of, as `Classifier` takes it.
+    """
     if not hasattr(trunk, "set_input_size"):
-        return
+        return {}
     patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
     if size % patch:
         down = max(size // patch, 1) * patch
@@ -166,4 +170,7 @@ def _set_size(trunk: Any, name: str, size: int) -> None:
             f"[model] image_size = {size} is no multiple of {patch}, the patch size of '{name}'; "
             f"try {down} or {down + patch}"
         )
+    before = trunk.state_dict()
     trunk.set_input_size((size, size))
+    made_of = resampled(before, trunk.state_dict())
+    return {f"backbone.trunk.{entry}": digest for entry, digest in made_of.items()}
