@@ -202,7 +202,7 @@ def export(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a run's model as safetensors (and open_clip)."""
+    """Write a run's model (safetensors, open_clip, HF, peft)."""
     with Session(debug=debug) as session:
         with session.loading():
             from fedsim import export as exporting

@@ -1,9 +1,9 @@
-"""A run's model as files for other programs: safetensors always, an open_clip folder for a CLIP.
+"""A run's model as files for other programs: safetensors always, and what its library reads.
 
 <out>/model.safetensors   the whole tuned model (frozen parts included), names as in the model
       model.json          class names in the order of the logits, shape of a sample
       experiment.toml     what made it
-      open_clip/          the CLIP as open_clip reads it (CLIP models only)
+      open_clip/ hf/ peft/  as those libraries read it, where the model is one (`export_forms`)
       README.md           how to load all this
 """
 
@@ -38,14 +38,6 @@ model = load_model("{folder}")  # no data needed
 logits = model(images)  # images as stored: uint8 or float32 {shape}; classes are in model.json
 ```
 """
-_OPEN_CLIP = """
-The folder `open_clip` holds the CLIP with the tuned image tower:
-
-```python
-import open_clip
-model = open_clip.create_model("local-dir:open_clip")
-```
-"""
 
 
 def export(run: Run, out: Path) -> dict[str, Any]:
@@ -65,6 +57,7 @@ def export(run: Run, out: Path) -> dict[str, Any]:
     from safetensors.torch import save
 
     from fedsim import task as tasks
+    from fedsim.export_forms import write_forms
 
     experiment = run.experiment()
     arrays, state = _state(run)
@@ -83,7 +76,7 @@ def export(run: Run, out: Path) -> dict[str, Any]:
     }
     write_atomic(out / _ABOUT, (json.dumps(about, ensure_ascii=False, indent=2) + "\n").encode())
     write_atomic(out / "experiment.toml", experiment.toml().encode())
-    files = ["model.safetensors", _ABOUT, "experiment.toml", "README.md"]
+    forms, how, missing = write_forms(task.model, out)
     text = _README.format(
         name=experiment.name,
         state=state,
@@ -94,15 +87,13 @@ def export(run: Run, out: Path) -> dict[str, Any]:
         folder=out,
         shape=["n", *info.sample_shape],
     )
-    notices = _notices(run, task, state)
-    try:
-        if _write_open_clip(task, out / "open_clip"):
-            files.insert(3, "open_clip/")
-            text += _OPEN_CLIP
-    except UserError as error:  # a tower with new modules has no open_clip form
-        notices.append(f"no open_clip folder: {error}")
-    write_atomic(out / "README.md", text.encode())
-    return {"folder": str(out), "files": files, "state": state, "notices": notices}
+    write_atomic(out / "README.md", (text + how).encode())
+    return {
+        "folder": str(out),
+        "files": ["model.safetensors", _ABOUT, "experiment.toml", *forms, "README.md"],
+        "state": state,
+        "notices": _notices(run, task, state) + missing,
+    }
 
 
 def load_model(folder: str | os.PathLike[str]) -> Classifier:
@@ -157,15 +148,6 @@ def _state(run: Run) -> tuple[ArrayRecord, str]:
         raise UserError(f"{run.folder} has no state yet; go on with: fedsim resume {run.folder}")
     progress = tree["progress"]
     return progress["arrays"], f"state after round {progress['server_round']}"
-
-
-def _write_open_clip(task: Task, folder: Path) -> bool:
-    from fedsim.models.clip import ImageTower, export_open_clip
-
-    if not isinstance(task.model.backbone, ImageTower):
-        return False
-    export_open_clip(task.model, folder)
-    return True
 
 
 def _notices(run: Run, task: Task, state: str) -> list[str]:

@@ -25,8 +25,6 @@ from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.images import ImageBackbone, check_images
 
 if TYPE_CHECKING:
-    import os
-
     from open_clip.model import CLIP
 
 TINY_WEIGHTS = Path(__file__).with_name("tiny_clip.safetensors")
@@ -216,19 +214,16 @@ def _whole_tiny_clip() -> CLIP:
     return load_tiny_clip()[0]
 
 
-def export_open_clip(model: Classifier, folder: str | os.PathLike[str]) -> Path:
+def export_open_clip(model: Classifier, folder: Path) -> None:
     """Write the whole CLIP, with the tuned visual tower, as open_clip reads it.
 
     `open_clip.create_model("local-dir:FOLDER")` loads `open_clip_config.json` and
-    `open_clip_model.safetensors`. The classifier's head goes into `head.safetensors` ("weight", one row
-    per class): where it was tuned, too, the text tower no longer reproduces it.
+    `open_clip_model.safetensors`. The head is not in it: where it was tuned, too, the text tower no longer
+    reproduces it.
 
     Args:
         model: a classifier made by `clip_classifier`.
-        folder: created if needed.
-
-    Returns:
-        The folder.
+        folder: an existing one.
 
     Raises:
         UserError: the model is no CLIP, or its tuning added modules that open_clip has no place for.
@@ -247,10 +242,6 @@ def export_open_clip(model: Classifier, folder: str | os.PathLike[str]) -> Path:
             "use the exported safetensors"
         )
     clip.visual.load_state_dict(tower.visual.state_dict())
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "open_clip_config.json").write_text(json.dumps(tower.config, indent=2) + "\n", "utf-8")
-    for name, module in (("open_clip_model", clip), ("head", model.head)):
-        state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-        save_file(state, target / f"{name}.safetensors")
-    return target
+    (folder / "open_clip_config.json").write_text(json.dumps(tower.config, indent=2) + "\n", "utf-8")
+    state = {key: value.detach().cpu().contiguous() for key, value in clip.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")

@@ -8,6 +8,7 @@ Token ids come with the data; they must be those of the encoder's own tokenizer,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,29 @@ from torch import Tensor, nn
 from fedsim.errors import UserError
 from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.lora import merged
 from fedsim.models.quiet import quiet
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"  #: public name of `minilm`
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 
 
 class TextBackbone(nn.Module):
     """Token ids [n, L] -> mean of the hidden states at tokens that are no padding, [n, d].
 
     Args:
-        encoder: a transformers model.
+        encoder: a transformers model; it loses its pooler, because features are the mean: the pooler would
+            train and travel for nothing.
+        source: its public name, or the folder that it was read from.
     """
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: Any, source: str) -> None:
         super().__init__()
+        self.pooler = (getattr(encoder, "pooler", None),)  # no submodule, only exporting puts it back
+        if self.pooler[0] is not None:
+            encoder.pooler = None
         self.encoder = encoder
+        self.source = source
 
     def forward(self, ids: Tensor) -> Tensor:
         """Features, float32."""
@@ -63,6 +74,20 @@ def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classi
     Raises:
         UserError: no such model, or samples are no sequences of token ids, or they are too long.
     """
+    return _build(data, name, pretrained=pretrained)
+
+
+def minilm(data: DataInfo, /) -> Classifier:
+    """all-MiniLM-L6-v2 (22.6 M parameters), a sentence encoder, with a new linear head.
+
+    Weights: `fedsim assets fetch minilm`.
+    """
+    from fedsim.data.assets import path
+
+    return _build(data, str(path("minilm")), pretrained=True, source=MINILM)
+
+
+def _build(data: DataInfo, name: str, *, pretrained: bool, source: str | None = None) -> Classifier:
     if len(data.sample_shape) != 1:
         raise UserError(
             f"model 'hf:{name}' takes token ids [length], the data are {list(data.sample_shape)}; "
@@ -78,17 +103,8 @@ def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classi
     width = getattr(encoder.config, "hidden_size", None)
     if width is None:
         raise UserError(f"model 'hf:{name}' states no hidden_size in config.json: it is no text encoder")
-    return Classifier(TextBackbone(encoder), nn.Linear(width, len(data.classes))).eval()
-
-
-def minilm(data: DataInfo, /) -> Classifier:
-    """all-MiniLM-L6-v2 (22.6 M parameters), a sentence encoder, with a new linear head.
-
-    Weights: `fedsim assets fetch minilm`.
-    """
-    from fedsim.data.assets import path
-
-    return hf_model(data, name=str(path("minilm")))
+    backbone = TextBackbone(encoder, source or encoder.name_or_path)
+    return Classifier(backbone, nn.Linear(width, len(data.classes))).eval()
 
 
 def _load(name: str, folders: Sequence[Path], *, pretrained: bool) -> Any:
@@ -115,6 +131,44 @@ def _load(name: str, folders: Sequence[Path], *, pretrained: bool) -> Any:
             f"cannot load the text encoder '{name}': there is no such folder (looked for {listed(places)}), "
             f"and as a name on the Hugging Face hub it fails ({reason})"
         ) from error
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # features are the mean: it would train and travel for nothing
     return encoder.eval()
+
+
+def export_hf(model: Classifier, folder: Path) -> None:
+    """Write the tuned encoder as `transformers.AutoModel.from_pretrained` reads it, LoRA merged into it.
+
+    Its tokenizer comes along if it is where the encoder came from.
+
+    Args:
+        model: a classifier made by `hf_model`.
+        folder: an existing one.
+
+    Raises:
+        UserError: the model is no text encoder, or its tuning added modules that transformers has no place
+            for.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, TextBackbone):
+        raise UserError("this model is no text encoder of transformers; export it as safetensors")
+    added = [name for name in backbone.state_dict() if not name.startswith("encoder.")]
+    if added:
+        raise UserError(
+            f"this tuning added '{added[0]}' to the encoder, which transformers has no place for; "
+            "use the exported safetensors"
+        )
+    encoder: Any = merged(backbone.encoder)
+    if backbone.pooler[0] is not None:
+        encoder.pooler = backbone.pooler[0]
+    with quiet():
+        encoder.save_pretrained(folder)
+    _save_tokenizer(backbone.encoder.name_or_path, folder)
+
+
+def _save_tokenizer(source: str, folder: Path) -> None:
+    import transformers
+
+    local = Path(source).is_dir()
+    if local and not any((Path(source) / name).is_file() for name in _TOKENIZERS):
+        return  # transformers would make up an empty one
+    with quiet(), suppress(OSError, ValueError):  # on the hub, there may be none, too
+        transformers.AutoTokenizer.from_pretrained(source, local_files_only=local).save_pretrained(folder)

@@ -9,7 +9,10 @@ parametrisation of it.
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,3 +95,63 @@ def _inject(attention: nn.Module, r: int, alpha: float) -> None:
         )
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none")
     inject_adapter_in_model(config, attention)
+
+
+# ---------------------------------------------------------------------------------- for other programs
+
+
+def peft_layers(module: nn.Module) -> dict[str, Any]:
+    """The layers inside a module that peft put low-rank updates on, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """A copy of the module with peft's updates, if it has any, added into its weights: plain layers again."""
+    module = copy.deepcopy(module)
+    for name, layer in peft_layers(module).items():
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, layer.get_base_layer())
+    return module
+
+
+def export_peft(model: Classifier, folder: Path) -> None:
+    """Write the updates as `peft.PeftModel.from_pretrained(base, folder)` reads them.
+
+    `base` is the untuned library model inside the backbone (the transformers encoder, the timm trunk).
+    The file's form is peft's documented one: `base_model.model.` and the names of the base.
+
+    Args:
+        model: tuned by `lora`, its updates made by peft.
+        folder: an existing one.
+
+    Raises:
+        UserError: the tuning trains parts of the backbone that such a folder has no place for.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    trained = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
+    other = [name for name in trained if "lora_" not in name]
+    layers = peft_layers(model.backbone)
+    if other or not layers:
+        named = f"trains '{other[0]}'" if other else "made no updates of peft"
+        raise UserError(f"this tuning {named}: a peft folder holds LoRA's updates alone")
+    inner, _, _ = next(iter(layers)).partition(".")
+    layer = next(iter(layers.values()))
+    LoraConfig(
+        base_model_name_or_path=getattr(model.backbone, "source", None),
+        r=layer.r["default"],
+        lora_alpha=layer.lora_alpha["default"],
+        target_modules=[name.removeprefix(f"{inner}.") for name in layers],
+        bias="none",
+        inference_mode=True,
+    ).save_pretrained(folder)
+    updates = {
+        f"base_model.model.{name.replace('.default.', '.')}": value.detach().cpu().contiguous()
+        for name, value in model.backbone.get_submodule(inner).state_dict().items()
+        if "lora_" in name
+    }
+    save_file(updates, folder / "adapter_model.safetensors")

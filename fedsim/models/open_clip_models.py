@@ -27,6 +27,7 @@ from fedsim.files import write_atomic
 from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.clip import clip_classifier
+from fedsim.models.hf import MINILM
 from fedsim.models.images import check_images, resampled
 from fedsim.models.quiet import quiet
 from fedsim.ranges import Count
@@ -36,7 +37,6 @@ _CONTEXT = 32
 _RIDGE = 3.0
 _LOGIT_SCALE = 20.0
 _FORMS = ("{}.", "a photo of a {}.", "a picture of the {}.")
-_TEXT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  #: what an exported clip-lite names as its text model
 
 
 def clip_lite(
@@ -54,7 +54,7 @@ def clip_lite(
     check_images(data, "clip-lite")
     clip, tokenize, derived = load_clip_lite(image_size)
     pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": image_size, "interpolation": "bicubic"}
-    text = {"hf_model_name": _TEXT_MODEL, "hf_tokenizer_name": _TEXT_MODEL}
+    text = {"hf_model_name": MINILM, "hf_tokenizer_name": MINILM}
     config = _clip_lite_config(image_size)
     config["text_cfg"].update(text)
     return clip_classifier(

@@ -29,13 +29,21 @@ class TimmBackbone(ImageBackbone):
         std: likewise.
         size: height and width of the trunk's input.
         interpolation: how images are resized to it.
+        source: timm's name of the trunk.
     """
 
     def __init__(
-        self, trunk: nn.Module, mean: Sequence[float], std: Sequence[float], size: int, interpolation: str
+        self,
+        trunk: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        interpolation: str,
+        source: str,
     ) -> None:
         super().__init__(mean, std, (size, size), interpolation)
         self.trunk = trunk
+        self.source = source
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, float32."""
@@ -115,7 +123,7 @@ def _build(
     size = image_size or config["input_size"][-1]
     derived = _set_size(trunk, name, size) if size != config["input_size"][-1] else {}
     backbone = TimmBackbone(
-        trunk, mean or config["mean"], std or config["std"], size, config["interpolation"]
+        trunk, mean or config["mean"], std or config["std"], size, config["interpolation"], name
     )
     head = nn.Linear(trunk.head_hidden_size, len(data.classes))
     return Classifier(backbone, head, derived=derived).eval()
