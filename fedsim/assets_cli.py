@@ -52,8 +52,10 @@ def list_(*, debug: Debug = False) -> None:
         table.add_column(no_wrap=True, justify="right", style="dim")
         table.add_column()
         for entry in assets.entries():
-            mark = "[green]✓[/]" if entry.folder else "[dim]·[/]"
+            mark = "[green]✓[/]" if entry.folder else "[red]✗[/]" if entry.damaged else "[dim]·[/]"
             text = f"{entry.text} [dim]licence: {entry.licence}[/]"
+            if entry.damaged:
+                text = f"[red]damaged, mend it with: fedsim assets fetch {entry.name}[/]"
             table.add_row(mark, entry.name, f"{entry.megabytes} MB", text)
         for name, parts in BUNDLES.items():
             table.add_row("", name, "", f"[dim]= {' + '.join(parts)}[/]")

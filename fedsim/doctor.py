@@ -58,6 +58,7 @@ def examine(*, debug: bool = False) -> Iterator[Finding]:
         ("gpu", _gpu),
         ("ray", _ray),
         ("cache", _cache),
+        ("assets", _assets),
         ("experiments", _experiments),
         ("smoke run", _smoke_run),
     ]
@@ -145,6 +146,28 @@ def _cache() -> Finding:
     free = shutil.disk_usage(folder).free
     text = f"{folder}, {human_bytes(size)}, {human_bytes(free)} free"
     return Finding("cache", text, "free some disk space" if free < _LEAST_FREE else None)
+
+
+def _assets() -> Finding:
+    """Names and sizes of files only: reading them all (`fedsim assets verify`) takes too long here."""
+    from fedsim.data import assets
+    from fedsim.errors import UserError
+
+    try:
+        folder, entries = assets.assets_folder(), assets.entries()
+    except UserError as error:
+        return Finding("assets", str(error), "set FEDSIM_ASSETS to a folder you may write to")
+    here = [f"{entry.name} {human_bytes(entry.nbytes())}" for entry in entries if entry.folder]
+    damaged = [entry.name for entry in entries if entry.damaged]
+    absent = [entry.name for entry in entries if not entry.folder and not entry.damaged]
+    text = f"{folder}, {len(here)} of {len(entries)} are here"
+    if here:
+        text += f": {', '.join(here)} (fedsim assets verify reads them from end to end)"
+    if absent:
+        text += f"; to get the others: fedsim assets fetch {' '.join(absent)}"
+    if damaged:
+        text += f"; damaged, or of another version of fedsim: {', '.join(damaged)}"
+    return Finding("assets", text, f"fedsim assets fetch {' '.join(damaged)}" if damaged else None)
 
 
 def _experiments() -> Finding:

@@ -243,7 +243,7 @@ def test_help_lists_every_command(fedsim: Invoke) -> None:
 def test_doctor_finds_nothing_wrong(fedsim: Invoke) -> None:
     result = fedsim("doctor")
     titles = [line.split()[1] for line in result.stdout.splitlines() if line.startswith(("✓", "✗"))]
-    assert {"python", "flower", "torch", "cache", "experiments", "smoke"} <= set(titles)
+    assert {"python", "flower", "torch", "cache", "assets", "experiments", "smoke"} <= set(titles)
     broken = [line for line in result.stdout.splitlines() if line.startswith("✗")]
     assert result.exit_code == (1 if broken else 0)
     assert not [line for line in broken if not line.startswith("✗ packages")]
@@ -256,6 +256,17 @@ def test_doctor_names_the_fix(fedsim: Invoke, monkeypatch: pytest.MonkeyPatch, t
     assert result.exit_code == 1
     assert "✗ cache" in result.stdout
     assert "→ set FEDSIM_CACHE" in result.stdout
+
+
+def test_doctor_names_a_folder_of_assets_that_cannot_be(
+    fedsim: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDSIM_ASSETS", str(tmp_path / "file"))
+    result = fedsim("doctor")
+    assert result.exit_code == 1
+    assert "✗ assets" in result.stdout
+    assert "→ set FEDSIM_ASSETS" in result.stdout
 
 
 def test_an_ascii_terminal_is_served(file: Path, tmp_path: Path) -> None:

@@ -41,22 +41,39 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """An asset as the user sees it: `folder` is None when it is not fetched."""
+    """An asset as the user sees it.
+
+    Attributes:
+        name: as in `fedsim assets fetch NAME`.
+        text: what it is.
+        licence: as the source states it.
+        megabytes: of the download.
+        folder: where it is; None when it is not fetched, or damaged.
+        damaged: its folder is there, but a file is missing, cut off or of another version of fedsim.
+    """
 
     name: str
     text: str
     licence: str
     megabytes: int
     folder: Path | None
+    damaged: bool
+
+    def nbytes(self) -> int:
+        """What its files take on the disk (0 when it is not fetched)."""
+        return sum(_sizes(self.folder).values()) if self.folder else 0
 
 
 def entries() -> list[Entry]:
-    """All assets, in the order of the table."""
+    """All assets, in the order of the table; names and sizes of files are looked at, not their contents."""
     root = assets_folder()
-    return [
-        Entry(name, asset.text, asset.licence, asset.archive.megabytes, _fetched(root / name, asset))
-        for name, asset in ASSETS.items()
-    ]
+    return [_look(root / name, name, asset) for name, asset in ASSETS.items()]
+
+
+def _look(place: Path, name: str, asset: Asset) -> Entry:
+    folder = _fetched(place, asset)
+    damaged = folder is None and place.exists()
+    return Entry(name, asset.text, asset.licence, asset.archive.megabytes, folder, damaged)
 
 
 def fetch(names: Iterable[str], *, say: Say = lambda line: None) -> list[Path]:

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import save
 from typer.testing import CliRunner
 
+from fedsim import doctor
 from fedsim.cli import app
 from fedsim.data import asset_sources, assets
 from fedsim.errors import UserError
@@ -256,3 +257,32 @@ def test_the_command_line(shelf: Shelf) -> None:
     damaged = runner.invoke(app, ["assets", "verify", "numbers"])
     assert damaged.exit_code == 2
     assert "damaged" in damaged.output
+
+
+def test_list_and_doctor_tell_what_is_here_absent_and_damaged(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> doctor.Finding:
+        with monkeypatch.context() as patch:
+            patch.setattr(assets, "content_digest", lambda folder: pytest.fail("contents are read"))
+            return next(found for found in doctor.examine(debug=True) if found.title == "assets")
+
+    def listed() -> str:
+        return CliRunner().invoke(app, ["assets", "list"]).output
+
+    monkeypatch.setattr(assets, "ASSETS", {"numbers": shelf.asset(), "others": shelf.asset()})
+    absent = f"{shelf.root}, 0 of 2 are here; to get the others: fedsim assets fetch numbers others"
+    assert look() == doctor.Finding("assets", absent)
+    assets.fetch(["numbers"])
+    file = shelf.folder / "numbers.npy"
+    found = look()
+    assert found.fix is None
+    assert f"1 of 2 are here: numbers {file.stat().st_size} B" in found.text
+    assert found.text.endswith("to get the others: fedsim assets fetch others")
+    assert "✓  numbers" in listed()
+    file.write_bytes(b"cut off")
+    found = look()
+    assert found.fix == "fedsim assets fetch numbers"
+    assert "damaged, or of another version of fedsim: numbers" in found.text
+    assert "✗  numbers" in listed()
+    assert "fedsim assets fetch numbers" in listed()
