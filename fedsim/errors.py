@@ -12,6 +12,10 @@ class UserError(Exception):
     """A mistake that the user can mend; the command line prints it as one line and exits with code 2."""
 
 
+class UnfitTuning(UserError):
+    """A tuning mode has nothing to tune in a model; whoever built the model adds which modes fit."""
+
+
 class NotEnoughReplies(UserError):
     """Fewer valid client replies than the strategy accepts; the message names every client and reason."""
 

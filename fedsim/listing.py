@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,6 @@ KINDS = {
     "experiments": "shipped files: fedsim run NAME",
 }
 _SECTIONS = {kind: section for section, kind in config.NAMED.items()}
-#: what stands behind the colon of a prefix name
-_PREFIXES = {"npz:": "npz:PATH", "imagefolder:": "imagefolder:PATH"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class Entry:
     Attributes:
         name: as it stands in an experiment file.
         text: its first docstring line, or why it cannot be used here.
-        keys: of its section.
+        more: what else its docstring says, a paragraph each.
+        keys: of its section; of a prefix name, first what stands behind the colon.
         usable: False when its import fails.
     """
 
     name: str
     text: str
+    more: list[str] = field(default_factory=list)
     keys: list[Parameter] = field(default_factory=list)
     usable: bool = True
 
@@ -68,17 +68,18 @@ def entries(kind: str) -> list[Entry]:
 
 
 def _entry(kind: str, name: str, target: str) -> Entry:
-    shown = _PREFIXES.get(name, name)
     try:
         found = registry.load(target)
         keys = registry.describe(found)
-        if name.endswith(":"):
-            keys = keys[1:]  # the first one is in the name
-        return Entry(shown, registry.summary(found), keys)
+        shown = name
+        if name.endswith(":"):  # the first key is in the name
+            keys[0] = replace(keys[0], name=keys[0].name.upper())
+            shown += keys[0].name
+        return Entry(shown, registry.summary(found), registry.description(found)[1:], keys)
     except Exception as error:
         # a plug-in may fail in any way; the others are still worth listing
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        return Entry(shown, f"not usable here: {type(error).__name__}: {reason}", usable=False)
+        return Entry(name, f"not usable here: {type(error).__name__}: {reason}", usable=False)
 
 
 def common_keys(kind: str) -> list[Parameter]:
@@ -110,7 +111,8 @@ def show(console: Console, kind: str, *, verbose: bool = False) -> None:
         return
     for entry in found:
         console.print(f"[bold]{entry.name}[/]", highlight=False)
-        console.print(Padding(_styled(entry), (0, 0, 0, 2)), highlight=False)
+        for paragraph in (_styled(entry), *map(escape, entry.more)):
+            console.print(Padding(paragraph, (0, 0, 0, 2), expand=False), highlight=False)
         _show_keys(console, entry.keys)
         console.print()
     common = common_keys(kind)
@@ -141,13 +143,13 @@ def _show_keys(console: Console, keys: list[Parameter]) -> None:
     table.add_column()
     for key in keys:
         table.add_row(key.name, escape(f"{key.type}{_default(key)}"), escape(key.doc))
-    console.print(Padding(table, (0, 0, 0, 4)), highlight=False)
+    console.print(Padding(table, (0, 0, 0, 4), expand=False), highlight=False)
 
 
 def _default(key: Parameter) -> str:
     if key.default is inspect.Parameter.empty:
         return " (required)"
-    return "" if key.default is None else f" = {_literal(key.default)}"
+    return " (optional)" if key.default is None else f" = {_literal(key.default)}"
 
 
 def _literal(value: Any) -> str:

@@ -42,6 +42,8 @@ TABLES = {
     "engines": "fedsim.engine:ENGINES",
 }
 
+#: first words of a docstring's section, as Google's style writes them and as NumPy's (Flower's strategies)
+_SECTION = re.compile(r"(Args|Attributes|Parameters|Returns|Raises|Notes)(:| -{3,})")
 _TOML_TYPES = (bool, int, float, str, list, tuple, dict, type(None))
 
 
@@ -165,6 +167,13 @@ def describe(target: Callable[..., Any]) -> list[Parameter]:
     ]
 
 
+def description(target: Callable[..., Any]) -> list[str]:
+    """The docstring's paragraphs up to its first section, each on one line."""
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", inspect.getdoc(target) or "")]
+    sections = (number for number, text in enumerate(paragraphs) if _SECTION.match(text))
+    return paragraphs[: next(sections, None)]
+
+
 def summary(target: Callable[..., Any]) -> str:
     """First line of the docstring."""
     lines = (inspect.getdoc(target) or "").strip().splitlines()
@@ -204,16 +213,19 @@ def _args_section(text: str) -> dict[str, str]:
 
 
 def _type_text(annotation: Any) -> str:
-    """A short, readable type: `float > 0`, `'sgd' | 'adamw'`."""
+    """A short, readable type: `float > 0`, `"sgd" | "adamw"`; None, which TOML cannot say, is left out."""
     if typing.get_origin(annotation) is typing.Annotated:
         base, *extras = typing.get_args(annotation)
-        return " ".join([_type_text(base), *filter(None, map(_range_text, extras))])
+        return f"{_type_text(base)} {' and '.join(filter(None, map(_range_text, extras)))}".strip()
     if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(repr(value) for value in typing.get_args(annotation))
+        return " | ".join(
+            f'"{value}"' if isinstance(value, str) else str(value) for value in typing.get_args(annotation)
+        )
     if isinstance(annotation, type) and typing.get_origin(annotation) is None:
-        return "none" if annotation is type(None) else annotation.__name__
+        return annotation.__name__
     if typing.get_args(annotation) and "Union" in str(typing.get_origin(annotation)):
-        return " | ".join(_type_text(part) for part in typing.get_args(annotation))
+        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+        return " | ".join(map(_type_text, parts))
     return str(annotation).replace("typing.", "")
 
 

@@ -25,8 +25,9 @@ from fedsim.config import Experiment
 from fedsim.data import federated
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, DataInfo, set_train_mode
+from fedsim.models.fitting import fitting_modes
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,17 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
     """The tuned model of an experiment, untrained; random weights follow from the experiment's seed.
 
     Raises:
-        UserError: the model does not fit the data, or the tuning selects nothing.
+        UserError: the model does not fit the data, or the tuning does not fit the model.
     """
     with generators_restored():
         seed_everything(experiment.seed)
-        model = experiment.build("tuning", experiment.build("model", replace(info, folders=experiment.roots)))
+        plain = experiment.build("model", replace(info, folders=experiment.roots))
+        try:
+            model = experiment.build("tuning", plain)
+        except UnfitTuning as error:
+            names = ", ".join(fitting_modes(plain))
+            chosen = experiment["model"].name
+            raise UserError(f"{error}; [tuning] names that fit model '{chosen}': {names}") from error
     if not isinstance(model, Classifier):
         raise UserError(
             f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "

@@ -62,9 +62,28 @@ def test_verbose_shows_type_default_and_the_keys_of_all_partitions() -> None:
 
 
 def test_names_with_a_path_show_where_it_goes() -> None:
-    names = {entry.name: entry for entry in listing.entries("datasets")}
-    assert "npz:PATH" in names
-    assert "path" not in [key.name for key in names["npz:PATH"].keys]
+    names = {entry.name: entry for kind in ("datasets", "models") for entry in listing.entries(kind)}
+    for name in ("npz:PATH", "imagefolder:PATH", "timm:NAME", "hf:NAME", "open_clip:NAME"):
+        first = names[name].keys[0]
+        assert first.name == name.partition(":")[2]
+        assert first.doc
+
+
+def test_verbose_tells_the_whole_docstring_but_its_sections() -> None:
+    runner = CliRunner()
+    models = runner.invoke(app, ["list", "models", "--verbose"], env={"COLUMNS": "80"}).stdout
+    assert "\n  Weights: `fedsim assets fetch minilm`.\n" in models
+    assert "image_size  int ≥ 1 (optional)" in models
+    assert '"batch" | "group" | "none"' in models
+    strategies = runner.invoke(app, ["list", "strategies", "--verbose"], env={"COLUMNS": "80"}).stdout
+    for section in ("Args:", "Raises:", "Parameters", "----"):
+        assert section not in models + strategies
+
+
+def test_every_mode_says_where_it_makes_sense() -> None:
+    places = ("any model", "any backbone", "Transformers", "CNNs")
+    unclear = [entry.name for entry in listing.entries("tuning") if not any(p in entry.text for p in places)]
+    assert unclear == []
 
 
 def test_unknown_kind() -> None:

@@ -45,15 +45,17 @@ class Adapter(nn.Module):
 def adapter(
     model: Classifier, /, *, r: Count = 64, scale: Positive = 1.0, head: bool | None = None
 ) -> Classifier:
-    """A bottleneck after the MLP of every Transformer block trains; names of the backbone stay as they are.
+    """A bottleneck after the MLP of every block trains; Transformers for images and text.
+
+    The bottlenecks are `backbone.adapters.*`; names of the backbone stay as they are.
 
     Args:
         r: units of each bottleneck.
         scale: factor on what the bottleneck adds.
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
 
     Raises:
-        UserError: the backbone is no Transformer.
+        UnfitTuning: the backbone is no Transformer.
     """
     blocks = transformer_blocks(model.backbone, "adapter")
     device = next(model.backbone.parameters()).device

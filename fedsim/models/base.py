@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,13 @@ def train_only(
             frozen backbone never move.
 
     Raises:
-        UserError: no parameter was chosen.
+        UnfitTuning: no parameter was chosen.
     """
     names = [name for name, _ in model.named_parameters() if chosen(name)]
     if not names:
         kinds = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()})
-        raise UserError(
-            f"tuning '{mode}' selects no parameter of this model (its parameters end in {', '.join(kinds)}); "
-            "choose another [tuning] name, for example 'full'"
+        raise UnfitTuning(
+            f"tuning '{mode}' selects no parameter of this model (its parameters end in {', '.join(kinds)})"
         )
     selected = set(names)
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning
 from fedsim.models.tuning import block_names
 
 _ATTENTION = ("attn", "attention", "self_attn", "self_attention")
@@ -40,7 +40,7 @@ def transformer_blocks(backbone: nn.Module, mode: str) -> list[Block]:
         mode: the tuning mode that asks, for the error message.
 
     Raises:
-        UserError: its blocks are not Transformer blocks.
+        UnfitTuning: its blocks are not Transformer blocks.
     """
     found = []
     for name in block_names(backbone):
@@ -48,13 +48,13 @@ def transformer_blocks(backbone: nn.Module, mode: str) -> list[Block]:
         attention, mlp = _first(block, _ATTENTION), _first(block, _MLP)
         linear = [m for m in mlp.modules() if isinstance(m, nn.Linear)] if mlp is not None else []
         if attention is None or mlp is None or not linear:
-            raise UserError(
+            raise UnfitTuning(
                 f"tuning '{mode}' needs a Transformer, the blocks of this backbone are of type "
-                f"{type(block).__name__}; choose another [tuning] name, for example 'bias' or 'partial'"
+                f"{type(block).__name__}"
             )
         found.append(Block(attention, mlp, linear[-1].out_features))
     if not found:
-        raise UserError(f"tuning '{mode}' needs a Transformer, this backbone has no blocks")
+        raise UnfitTuning(f"tuning '{mode}' needs a Transformer, this backbone has no blocks")
     return found
 
 

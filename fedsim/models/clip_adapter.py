@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning
 from fedsim.models.base import Classifier, train_only
 
 
@@ -37,19 +37,21 @@ class FeatureGate(nn.Module):
 
 
 def clip_adapter(model: Classifier, /, *, head: bool | None = None) -> Classifier:
-    """A small gate between features and head trains (`head.adapter.*`); the backbone is frozen.
+    """A gate on the features in front of the head trains; any model, made for CLIP.
+
+    The gate is `head.adapter.*`. Features of the frozen backbone are computed once.
 
     Args:
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
 
     Raises:
-        UserError: the head has no weight matrix [classes, features].
+        UnfitTuning: the head has no weight matrix [classes, features].
     """
     weight = getattr(model.head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise UserError(
+        raise UnfitTuning(
             "tuning 'clip-adapter' needs a head with a weight [classes, features], this model's head is "
-            f"a {type(model.head).__name__}; choose another [tuning] name"
+            f"a {type(model.head).__name__}"
         )
     gate = FeatureGate(weight.shape[1]).to(weight.device)
     model.head.add_module("adapter", gate)

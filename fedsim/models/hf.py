@@ -64,7 +64,7 @@ class TextBackbone(nn.Module):
 
 
 def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classifier:
-    """Any transformers text encoder, mean-pooled, with a new linear head.
+    """Any text encoder of transformers, from a folder or the hub, mean-pooled, with a new linear head.
 
     Args:
         name: a folder with config.json and model.safetensors (relative to the experiment file, then to the

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier
 from fedsim.models.blocks import transformer_blocks
 from fedsim.models.tuning import backbone_part
@@ -55,15 +55,17 @@ class QueryValueUpdate(nn.Module):
 def lora(
     model: Classifier, /, *, r: Count = 8, alpha: Positive = 16.0, head: bool | None = None
 ) -> Classifier:
-    """Low-rank updates of the attention's queries and values train (`*.lora_A*`, `*.lora_B*`).
+    """Low-rank updates of the attention's queries and values train; Transformers for images and text.
+
+    What trains is named `*.lora_A*` and `*.lora_B*`.
 
     Args:
         r: rank of each update.
         alpha: updates are scaled by alpha / r.
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
 
     Raises:
-        UserError: the backbone is no Transformer, or its attention has no projections known here.
+        UnfitTuning: the backbone is no Transformer, or its attention has no projections known here.
     """
     for block in transformer_blocks(model.backbone, "lora"):
         if isinstance(block.attention, nn.MultiheadAttention):
@@ -76,7 +78,7 @@ def lora(
 def _parametrise(attention: nn.MultiheadAttention, r: int, alpha: float) -> None:
     weight = attention.in_proj_weight
     if weight is None:
-        raise UserError("tuning 'lora': keys and values of this attention have widths of their own")
+        raise UnfitTuning("tuning 'lora': keys and values of this attention have widths of their own")
     update = QueryValueUpdate(attention.embed_dim, r, alpha / r, weight.device)
     parametrize.register_parametrization(attention, "in_proj_weight", update)
 
@@ -89,9 +91,9 @@ def _inject(attention: nn.Module, r: int, alpha: float) -> None:
         name for known in (_PROJECTIONS, _FUSED) for name in linear if name.rpartition(".")[2] in known
     ]
     if not targets:
-        raise UserError(
+        raise UnfitTuning(
             f"tuning 'lora' finds no query and value projections in {type(attention).__name__} "
-            f"({', '.join(linear) or 'no linear layers'}); choose another [tuning] name such as 'adapter'"
+            f"({', '.join(linear) or 'no linear layers'})"
         )
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, bias="none")
     inject_adapter_in_model(config, attention)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, train_only
 from fedsim.ranges import Count
 
@@ -19,50 +19,58 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNor
 
 
 def full(model: Classifier, /) -> Classifier:
-    """Everything trains, in train mode: FedAvg on the whole model."""
+    """Every parameter trains, in train mode (dropout on, BatchNorm statistics move); any model."""
     return train_only(model, lambda name: True, mode="full", train_modules=("",))
 
 
 def head(model: Classifier, /) -> Classifier:
-    """Only the head trains (linear probe); the backbone is a fixed feature extractor."""
+    """The head alone trains (linear probe); any model. Features of the frozen backbone are computed once."""
     return train_only(model, lambda name: name.startswith("head."), mode="head")
 
 
 def bias(model: Classifier, /, *, head: bool | None = None) -> Classifier:
-    """All biases of the backbone train, among them the fused ones of attention (`in_proj_bias`).
+    """All biases of the backbone train; any backbone that has some (a CNN: mostly those of its norms).
+
+    In a Transformer the fused biases of attention (`in_proj_bias`) are among them: about 0.1 % of a ViT.
 
     Args:
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
     """
     return backbone_part(model, lambda name: name.rsplit(".", 1)[-1].endswith("bias"), head, "bias")
 
 
 def norm(model: Classifier, /, *, head: bool | None = None) -> Classifier:
-    """Scales and biases of the backbone's normalisation layers train; BatchNorm statistics stay.
+    """Scales and biases of normalisation layers train; any backbone that has some.
+
+    Running statistics of BatchNorm stay as they are.
 
     Args:
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
     """
     layers = {name for name, module in model.named_modules() if _is_norm(module)}
     return backbone_part(model, lambda name: name.rpartition(".")[0] in layers, head, "norm")
 
 
 def partial(model: Classifier, /, *, blocks: Count = 1) -> Classifier:
-    """The last blocks of the backbone train (in train mode), and the head unless it already classifies.
+    """The last blocks of the backbone train, in train mode; Transformers and CNNs.
 
-    Blocks are the transformer blocks of a ViT, or else the direct children of the backbone.
+    Blocks are what the backbone repeats (Transformer blocks, bottlenecks), or else its direct children. A
+    new head trains, too; a CLIP text classifier does not.
 
     Args:
         blocks: how many, counted from the end.
 
     Raises:
         UserError: the backbone has fewer blocks.
+        UnfitTuning: it has none at all.
     """
     names = block_names(model.backbone)
+    if not names:
+        raise UnfitTuning("tuning 'partial' finds no blocks in this backbone")
     if blocks > len(names):
         raise UserError(
             f"[tuning] blocks = {blocks}, but this backbone has {len(names)} blocks "
-            f'({", ".join(names) or "none"}); give at most {len(names)}, or [tuning] name = "full"'
+            f'({", ".join(names)}); give at most {len(names)}, or [tuning] name = "full"'
         )
     chosen = [f"backbone.{name}" for name in names[-blocks:]]
     prefixes = tuple(f"{name}." for name in chosen)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning
 from fedsim.models.base import Classifier
 from fedsim.models.tuning import backbone_part
 from fedsim.ranges import Count
@@ -66,27 +66,31 @@ class Prompts(nn.Module):
 
 
 def vpt_shallow(model: Classifier, /, *, prompts: Count = 10, head: bool | None = None) -> Classifier:
-    """Prompt tokens in front of the first block of a ViT train, `backbone.prompts.tokens`.
+    """Prompt tokens in front of the first block train; Vision Transformers of timm and open_clip.
+
+    The tokens are `backbone.prompts.tokens`.
 
     Args:
         prompts: how many.
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
 
     Raises:
-        UserError: the backbone is no plain Vision Transformer.
+        UnfitTuning: the backbone is no plain Vision Transformer.
     """
     return _vpt(model, "vpt-shallow", prompts, head, deep=False)
 
 
 def vpt_deep(model: Classifier, /, *, prompts: Count = 10, head: bool | None = None) -> Classifier:
-    """Prompt tokens in front of every block of a ViT train, `backbone.prompts.tokens`.
+    """Prompt tokens in front of every block train; Vision Transformers of timm and open_clip.
+
+    The tokens are `backbone.prompts.tokens`.
 
     Args:
         prompts: how many in each block.
-        head: whether the head trains, too; by default it does unless it already classifies.
+        head: whether the head trains, too; by default a new head does, a CLIP text classifier does not.
 
     Raises:
-        UserError: the backbone is no plain Vision Transformer.
+        UnfitTuning: the backbone is no plain Vision Transformer.
     """
     return _vpt(model, "vpt-deep", prompts, head, deep=True)
 
@@ -94,9 +98,9 @@ def vpt_deep(model: Classifier, /, *, prompts: Count = 10, head: bool | None = N
 def _vpt(model: Classifier, mode: str, count: int, head: bool | None, *, deep: bool) -> Classifier:
     vit = find_vit(model.backbone)
     if vit is None:
-        raise UserError(
+        raise UnfitTuning(
             f"tuning '{mode}' puts tokens beside image patches, this backbone is no plain Vision "
-            "Transformer of timm or open_clip; choose another [tuning] name, for example 'bias'"
+            "Transformer of timm or open_clip"
         )
     device = next(model.backbone.parameters()).device
     model.backbone.prompts = Prompts(vit, count, len(vit.blocks) if deep else 1, device)

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedsim.errors import UserError
+from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.adapter import Adapter
 from fedsim.models.base import Classifier, set_train_mode
 from fedsim.models.clip import export_open_clip
+from fedsim.models.fitting import fitting_modes
 from fedsim.models.vpt import Prompts
-from tests.models.zoo import IMAGES, MODES, inputs, make, trained, trained_count, vit_b16
+from fedsim.task import build_model
+from tests.helpers import tiny
+from tests.models.zoo import DIGITS, IMAGES, MODES, inputs, make, trained, trained_count, vit_b16
 
-KINDS = ("clip", "vit", "bert", "cnn")
+KINDS = ("clip", "cnn-clip", "vit", "bert", "cnn")
 TRANSFORMERS_ONLY = {"adapter", "lora"}
 VITS_ONLY = {"vpt-shallow", "vpt-deep"}
 IDENTITIES = ("full", "head", "bias", "norm", "partial", "adapter", "lora", "clip-adapter")
@@ -26,7 +29,7 @@ IDENTITIES = ("full", "head", "bias", "norm", "partial", "adapter", "lora", "cli
 def makes_sense(mode: str, kind: str) -> bool:
     if mode in VITS_ONLY:
         return kind in {"clip", "vit"}
-    return not (mode in TRANSFORMERS_ONLY and kind == "cnn")
+    return not (mode in TRANSFORMERS_ONLY and kind in {"cnn", "cnn-clip"})
 
 
 PAIRS = [(mode, kind) for mode in MODES for kind in KINDS if makes_sense(mode, kind)]
@@ -86,7 +89,9 @@ def test_two_steps_move_what_was_chosen_and_nothing_else(mode: str, kind: str, t
     statistics = {name for name, _ in model.named_buffers()} if model.train_modules else set()
     assert moved <= chosen | statistics
     inert = {name for name in chosen if name.endswith(("key.bias", "embeddings.weight"))}
-    assert chosen - moved <= inert, "every chosen parameter moves, but for BERT's inert key biases"
+    if kind == "cnn-clip" and model.train_modules:  # the next BatchNorm, in train mode, takes them out again
+        inert |= {name for name in chosen if name.endswith(("bn2.bias", "bn3.bias"))}
+    assert chosen - moved <= inert, "every chosen parameter moves, but for inert biases"
 
     set_train_mode(model, training=False)
     again = MODES[mode](make(kind, tmp_path))
@@ -155,8 +160,33 @@ def test_a_deep_copy_has_modules_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), NONSENSE)
 def test_a_mode_that_makes_no_sense_is_an_error(mode: str, kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"tuning '{mode}' .*choose another \\[tuning\\] name"):
+    reason = "no plain Vision Transformer" if mode in VITS_ONLY else "needs a Transformer, the blocks .* are"
+    with pytest.raises(UnfitTuning, match=f"tuning '{mode}' .*{reason}"):
         MODES[mode](make(kind, tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_modes_that_fit_are_found_without_touching_the_model(kind: str, tmp_path: Path) -> None:
+    model = make(kind, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = trained(model)
+    assert fitting_modes(model) == [mode for mode in MODES if makes_sense(mode, kind)]
+    assert trained(model) == trainable
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("mode", "model"), [("lora", "cnn"), ("vpt-deep", "cnn"), ("norm", "mlp")])
+def test_an_experiment_whose_mode_does_not_fit_names_those_that_do(mode: str, model: str) -> None:
+    experiment = tiny(model={"name": model}, tuning={"name": mode})
+    with pytest.raises(UserError, match=f"tuning '{mode}'") as caught:
+        build_model(experiment, DIGITS)
+    fit = str(caught.value).partition(f"; [tuning] names that fit model '{model}': ")[2].split(", ")
+    assert mode not in fit
+    assert {"full", "head", "bias", "partial", "clip-adapter"} <= set(fit)
+    for name in fit:
+        assert trained(build_model(experiment.replace(f"tuning.name={name}"), DIGITS))
 
 
 def test_a_gate_needs_a_linear_head() -> None:

@@ -44,15 +44,28 @@ def bert_folder(folder: Path) -> Path:
 
 
 def make(kind: str, folder: Path) -> Classifier:
-    """`clip` (open_clip ViT), `vit` (timm), `bert` (transformers) or `cnn` (ResNet-20)."""
+    """`clip` (open_clip ViT), `cnn-clip`, `vit` (timm), `bert` (transformers) or `cnn` (ResNet-20)."""
     torch.manual_seed(0)
     if kind == "clip":
         return tiny_clip(DIGITS)
+    if kind == "cnn-clip":
+        return cnn_clip()
     if kind == "vit":
         return timm_model(IMAGES, name="vit_tiny_patch16_224", image_size=32)
     if kind == "bert":
         return hf_model(TOKENS, name=str(bert_folder(folder)), pretrained=False)
     return resnet20(IMAGES)
+
+
+def cnn_clip() -> Classifier:
+    """A CLIP of the kind of clip-lite: an EfficientNet of timm as image tower, any text features."""
+    from open_clip.timm_model import TimmModel
+
+    visual = TimmModel("test_efficientnet", embed_dim=256, image_size=32, pool="avg", proj="none")
+    half = [0.5, 0.5, 0.5]
+    tower = ImageTower(visual, {"preprocess_cfg": {"mean": half, "std": half}}, lambda: None)
+    head = CosineHead(torch.randn(len(IMAGES.classes), 256), torch.zeros(()))
+    return Classifier(tower, head, head_is_prior=True).eval()
 
 
 def inputs(kind: str, n: int = 4) -> Tensor:
