@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -235,6 +235,10 @@ class Sweep:
                     "a process of this sweep was killed (out of memory?); the same command goes on, "
                     "with fewer --jobs if it was the memory"
                 ) from error
+            except KeyboardInterrupt:
+                for child in active_children():  # their cells go on from their checkpoints
+                    child.terminate()
+                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
