@@ -216,6 +216,38 @@ def export(
 
 
 @app.command()
+def bench(
+    workloads: Annotated[list[str] | None, typer.Argument(metavar="[WORKLOAD...]", hidden=True)] = None,
+    *,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions, interleaved.")] = 5,
+    folder: Runs = None,
+    debug: Debug = False,
+) -> None:
+    """Measure this engine beside Flower's and a plain loop.
+
+    WORKLOAD is lenet, cnn, noop-1000, ... (default: all; about half an hour on two cores).
+    """
+    with Session(debug=debug):
+        import subprocess
+
+        from fedsim import config
+        from fedsim.runs import default_folder
+
+        script = config.shipped_folder() / "bench" / "run.py"
+        out = (folder or default_folder()) / "bench"
+        command = [
+            sys.executable,
+            str(script),
+            *(workloads or []),
+            "--repeat",
+            str(repeat),
+            "--out",
+            str(out),
+        ]
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Check the installation."""
     with Session(debug=debug) as session:

@@ -1,0 +1,76 @@
+"""One contender on one workload in a process of its own; prints its seconds per round as JSON.
+
+python contender.py {loop|fedsim|fedsim-folding|flower} WORKLOAD ROUNDS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import loop
+import workloads
+
+CORES = 2
+
+
+def main(contender: str, name: str, rounds: int) -> None:
+    """Run and print."""
+    times: list[float] = []
+    more: dict[str, Any] = {}
+    workload = workloads.WORKLOADS[name]
+    if workload.model is not None:
+        workloads.images()
+    started = time.perf_counter()
+    if contender == "loop":
+        times = loop.seconds_per_round(name, rounds, CORES)
+    elif contender == "flower":
+        _flower(workload, rounds, times)
+    else:
+        _fedsim(workload, rounds, times, more, folding=contender.endswith("folding"))
+    more["start"] = time.perf_counter() - started - sum(times)
+    more["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"rounds": times, **more}))
+
+
+def _fedsim(
+    workload: workloads.Workload, rounds: int, times: list[float], more: dict[str, Any], *, folding: bool
+) -> None:
+    from flwr.serverapp.strategy import FedAvg
+
+    from fedsim import simulate
+    from fedsim.averaging import WeightedAverage
+
+    def averaging(**options: Any) -> WeightedAverage:
+        return WeightedAverage(fraction=options["fraction_train"], fraction_evaluate=0.0)
+
+    def prepare(grid: Any) -> None:
+        more["idle"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if folding:
+            grid.folding = "examples"
+
+    app = workloads.server_app(workload, rounds, times.extend, averaging if folding else FedAvg, prepare)
+    simulate(app, workloads.client_app(workload), workload.clients, engine="ray", workers=CORES)
+
+
+def _flower(workload: workloads.Workload, rounds: int, times: list[float]) -> None:
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    from flwr.simulation import run_simulation
+
+    run_simulation(
+        server_app=workloads.server_app(workload, rounds, times.extend),
+        client_app=workloads.client_app(workload),
+        num_supernodes=workload.clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": CORES, "include_dashboard": False},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,184 @@
+"""The benchmark: all contenders interleaved in one run, medians of repetitions, ratios with their spread.
+
+    fedsim bench                          every table row that fits this machine
+    fedsim bench lenet cnn --repeat 7
+    python experiments/bench/run.py ...   the same from a checkout
+
+Absolute seconds belong to the machine; the ratios, measured side by side, are what to compare. `pfl` takes
+part where PFL_PYTHON names an interpreter that has pfl-research (its pins clash with Flower's).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parent
+Seconds = dict[str, list[float]]  #: contender -> median round of each repetition
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload: who takes part, and which ratios matter.
+
+    Attributes:
+        workload: its name.
+        contenders: in the order of each repetition.
+        rounds: rounds of a repetition; the first is warm-up and not counted.
+        ratios: (numerator, denominator, bar): `<=` or `>=` a number.
+    """
+
+    workload: str
+    contenders: tuple[str, ...]
+    rounds: int
+    ratios: tuple[tuple[str, str, str], ...]
+
+
+ROWS = (
+    Row(
+        "lenet",
+        ("loop", "fedsim", "flower", "pfl"),
+        8,
+        (("fedsim", "loop", "<= 1.20"), ("flower", "fedsim", ">= 5"), ("fedsim", "pfl", "<= 0.95")),
+    ),
+    Row(
+        "cnn",
+        ("loop", "fedsim", "flower", "pfl"),
+        4,
+        (("fedsim", "loop", "<= 1.05"), ("flower", "fedsim", ">= 1"), ("fedsim", "pfl", "<= 1.02")),
+    ),
+    Row("noop-100", ("fedsim", "flower"), 10, (("flower", "fedsim", ">= 1"),)),
+    Row(
+        "noop-1000",
+        ("fedsim", "fedsim-folding", "flower"),
+        4,
+        (("flower", "fedsim", ">= 25"), ("flower", "fedsim-folding", ">= 50")),
+    ),
+    Row("noop-1MB", ("fedsim", "fedsim-folding", "flower"), 4, (("flower", "fedsim", ">= 1"),)),
+    Row("noop-10000", ("fedsim-folding",), 4, ()),
+    Row("noop-100000", ("fedsim-folding",), 3, ()),
+    Row("noop-of-million", ("fedsim-folding",), 4, ()),
+    Row("noop-100MB", ("fedsim-folding",), 3, ()),
+)
+
+
+def main(names: Sequence[str], repeat: int, out: Path) -> int:
+    """Run the named rows (all if none is named), print the table, write bench.json and bench.png."""
+    known = {row.workload: row for row in ROWS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"error: no workload '{unknown[0]}'; known: {', '.join(known)}", file=sys.stderr)
+        return 2
+    results = []
+    for row in [known[name] for name in names] or ROWS:
+        result = measured(row, repeat)
+        results.append(result)
+        print(lines_of(result), flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    plot(results, out / "bench.png")
+    print(f"\n{out / 'bench.json'}  {out / 'bench.png'}")
+    return 0
+
+
+def measured(row: Row, repeat: int) -> dict[str, object]:
+    """All contenders of a row in turn, `repeat` times."""
+    present = [name for name in row.contenders if name != "pfl" or os.environ.get("PFL_PYTHON")]
+    seconds: Seconds = {name: [] for name in present}
+    runs: dict[str, list[Mapping[str, float]]] = {name: [] for name in present}
+    for _ in range(repeat):
+        for name in present:
+            found = _contend(name, row)
+            seconds[name].append(median(found["rounds"][1:]))
+            runs[name].append({key: value for key, value in found.items() if key != "rounds"})
+    ratios = [
+        {"of": a, "to": b, "bar": bar, **spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])}
+        for a, b, bar in row.ratios
+        if a in seconds and b in seconds
+    ]
+    return {
+        "workload": row.workload,
+        "seconds": {name: {**spread(values), "runs": runs[name]} for name, values in seconds.items()},
+        "ratios": ratios,
+    }
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, smallest, largest."""
+    found = sorted(values)
+    return {"median": median(found), "min": found[0], "max": found[-1]}
+
+
+def _contend(name: str, row: Row) -> dict[str, list[float]]:
+    python = os.environ["PFL_PYTHON"] if name == "pfl" else sys.executable
+    script = "contender_pfl.py" if name == "pfl" else "contender.py"
+    command = [python, str(HERE / script), name, row.workload, str(row.rounds)]
+    threads = {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **threads}, timeout=1800, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} on {row.workload} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def lines_of(result: Mapping[str, object]) -> str:
+    """One line per contender and per ratio."""
+    lines = []
+    seconds: Mapping[str, Mapping[str, float]] = result["seconds"]  # type: ignore[assignment]
+    for name, s in seconds.items():
+        lines.append(f"{result['workload']:<16} {name:<15} {_number(s)} s a round")
+    ratios: Sequence[Mapping[str, float]] = result["ratios"]  # type: ignore[assignment]
+    lines += [f"{'':<16} {r['of']} / {r['to']}  {_number(r)}   bar {r['bar']}" for r in ratios]
+    return "\n".join(lines)
+
+
+def _number(s: Mapping[str, float]) -> str:
+    return f"{s['median']:.3g} ({s['min']:.3g} to {s['max']:.3g})"
+
+
+def plot(results: Sequence[Mapping[str, object]], file: Path) -> None:
+    """Seconds a round, one group of bars per workload."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(name for r in results for name in r["seconds"]))  # type: ignore[attr-defined]
+    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(results), 4))
+    for at, name in enumerate(names):
+        xs, ys = [], []
+        for place, result in enumerate(results):
+            seconds: Mapping[str, Mapping[str, float]] = result["seconds"]  # type: ignore[assignment]
+            if name in seconds:
+                xs.append(place + (at - (len(names) - 1) / 2) * 0.8 / len(names))
+                ys.append(seconds[name]["median"])
+        axes.bar(xs, ys, 0.8 / len(names), label=name)
+    axes.set_yscale("log")
+    axes.set_ylabel("seconds a round")
+    axes.set_xticks(range(len(results)), [str(r["workload"]) for r in results], rotation=20)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workload", nargs="*")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    given = parser.parse_args()
+    sys.exit(main(given.workload, given.repeat, given.out))
