@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +22,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Thread
 from typing import Any
 
 from fedsim import config
@@ -218,7 +220,8 @@ class Sweep:
         self, todo: Sequence[int], jobs: int, done: Callable[[int, Result], None], *, stop_on_error: bool
     ) -> None:
         """Cells in `jobs` processes that stay for the whole sweep: torch is imported once in each."""
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent) as pool:
             parent = self.folder / "cells"
             running = {}
             for number in todo:
@@ -285,6 +288,18 @@ def _run_cell(cell: Cell, parent: Path, watch: Watch, *, stop_on_error: bool) ->
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return {"cell": dict(cell.keys), "error": f"{kind}{error}"}
     return _result(cell, summary)
+
+
+def _end_with_parent() -> None:
+    """A process of a pool would outlive a sweep that is killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _run_apart(keys: dict[str, Any], text: str, parent: Path, stop_on_error: bool) -> Result:
