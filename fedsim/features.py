@@ -1,27 +1,46 @@
-"""Features of a frozen backbone, computed once and shared by all clients, rounds and processes.
+"""What lies below the first trainable parameter, computed once and shared by clients, rounds and processes.
 
-When only the head changes, the backbone is a fixed function of the data: its outputs for the rows that
-somebody uses are computed once per machine, kept on disk and memory-mapped. Training and evaluation then
-run the head alone.
+    inputs ─ unit 0 ─ ... ─ unit k-1 ──┬── unit k ─ ... ─ features ─ head ─> logits
+    a fixed function of the inputs:    │   `Task.network`
+    <cache>/features/<key>.npy, float32 [rows, ...], memory-mapped
 
-    <cache>/features/<key>.npy     float32 [rows, d]; key = backbone weights, model section, code, data, rows
+The cut k is as high as nothing below it changes: no parameter, no buffer, no module in train mode (dropout,
+BatchNorm statistics). All units are below it when only the head changes; k = 0 keeps nothing and runs the
+whole model for every batch. That is so where
+
+* nothing below the first change has parameters, or only the first unit (stem, embedding) is below it: there
+  is no work to save;
+* the activations of all rows in use would take more than `[features] limit` on disk (training rows of
+  clients and of the validation split, and the test set);
+* modules were added to the backbone that none of its units names (prompts, adapters): they may act anywhere;
+* something outside backbone and head changes, or somebody hooked the model or its backbone as a whole.
+
+The key holds the digest of the weights below the cut, the cut, the model and tuning sections, the code, the
+data and the rows; tables may be deleted at any time. With and without the cache a run computes the same up to
+the last bits, which depend on how many rows go through a layer at once; with the cache it gives the same
+digest every time.
 """
 
 from __future__ import annotations
 
-import io
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedsim import payload, registry
 from fedsim.data.store import cache_folder, cache_key, code_stamp
-from fedsim.files import write_atomic
-from fedsim.models.base import set_train_mode
+from fedsim.errors import UserError
+from fedsim.files import replacing
+from fedsim.models.base import hooked, run_units, set_train_mode, units_of
 from fedsim.version import code_digest
 
 if TYPE_CHECKING:
@@ -30,24 +49,27 @@ if TYPE_CHECKING:
     from fedsim.data.federated import FederatedData
     from fedsim.models.base import Classifier
 
-#: rows in one pass through the backbone; fixed, because the last bits of a result depend on it
-BATCH = 128
+#: rows in one pass through the frozen units; fixed, because the last bits of a result depend on it, and
+#: small, because a CPU loses more time to the page faults of large activations than it gains
+BATCH = 32
+_BACKBONE = "backbone."
+_FLOAT = 4  #: bytes
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of some rows of an array, addressed like the array itself.
+    """Activations for some rows of an array, addressed like the array itself.
 
     Attributes:
-        values: float32 [kept, d], memory-mapped.
-        position: int64 [n], where a row's features are (-1: not kept).
+        values: float32 [kept, ...], memory-mapped.
+        position: int64 [n], where a row's activations are (-1: not kept).
     """
 
     values: NDArray[Any]
     position: NDArray[np.int64]
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Features [len(rows), d] of rows that are kept."""
+        """Activations [len(rows), ...] of rows that are kept."""
         places = self.position[rows]
         if (places < 0).any():
             raise IndexError("features of a row that no client and no split uses were asked for")
@@ -55,26 +77,101 @@ class Features:
         return found
 
 
-def cacheable(model: Classifier, changing: tuple[payload.Entry, ...]) -> bool:
-    """True when nothing of the backbone changes and it has something worth computing once."""
-    frozen = all(entry.name.startswith("head.") for entry in changing)
-    return frozen and any(True for _ in model.backbone.parameters())
+class Above(nn.Module):
+    """The units of a model from a cut on, and its head: activations below the cut [n, ...] -> logits.
+
+    Args:
+        model: a submodule of this one; it keeps its parameters.
+        cut: how many units are left out.
+    """
+
+    def __init__(self, model: Classifier, cut: int) -> None:
+        super().__init__()
+        self.model = model
+        self.cut = cut
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Logits [n, classes]."""
+        logits: Tensor = self.model.head(run_units(units_of(self.model.backbone)[self.cut :], activations))
+        return logits
+
+
+def above(model: Classifier, cut: int) -> nn.Module:
+    """What is left to run: the model (cut 0), its head (all units are below the cut), or a part."""
+    if cut == 0:
+        return model
+    return model.head if cut == len(units_of(model.backbone)) else Above(model, cut)
+
+
+def cut(
+    experiment: Experiment,
+    model: Classifier,
+    data: FederatedData,
+    changing: tuple[payload.Entry, ...],
+    compute: Compute,
+) -> int:
+    """How many of the backbone's first units are computed once; 0 where it cannot be or does not pay."""
+    keys = experiment.settings["features"]
+    frozen = frozen_units(model, changing) if keys["cache"] else 0
+    whole = frozen == len(units_of(model.backbone))
+    if not _state(model, frozen) or (frozen < 2 and not whole):
+        return 0
+    rows = len(_used(data)) + len(data.arrays.test_x)
+    size = rows * math.prod(_shape(model, compute, frozen, data.arrays.train_x)) * _FLOAT
+    return frozen if size <= keys["limit"] * 1e9 else 0
+
+
+def frozen_units(model: Classifier, changing: tuple[payload.Entry, ...]) -> int:
+    """How many of the backbone's first units put out the same for the same input as long as a run lasts."""
+    if hooked(model) or any(not entry.name.startswith((_BACKBONE, "head.")) for entry in changing):
+        return 0
+    units = units_of(model.backbone)
+    state = model.state_dict(keep_vars=True)
+    moving = {id(state[entry.name]) for entry in changing}  # by identity: tied weights have several names
+    inside = {name.removeprefix(_BACKBONE) for name in state if name.startswith(_BACKBONE)}
+    trained = {name for name in inside if id(state[_BACKBONE + name]) in moving}
+    trained |= set(_in_train_mode(model))
+    if not trained:
+        return len(units)
+    if hooked(model.backbone) or not all(any(unit.owns(name) for unit in units) for name in inside | trained):
+        return 0
+    return next(number for number, unit in enumerate(units) if any(map(unit.owns, trained)))
+
+
+def _in_train_mode(model: Classifier) -> list[str]:
+    """The innermost modules of the backbone that are in train mode while clients train."""
+    with _mode(model, training=True):
+        return [name for name, m in model.backbone.named_modules() if m.training and not any(m.children())]
 
 
 def train_features(
-    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute
+    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute, cut: int
 ) -> Features:
-    """Features of all training rows that a client has or the server holds back."""
-    used = np.union1d(data.partition.indices, data.validation)
-    return _features(experiment, model, data, compute, "train", data.arrays.train_x, used)
+    """Activations for all training rows that a client has or the server holds back."""
+    return _features(experiment, model, data, compute, cut, "train", _used(data))
 
 
 def test_features(
-    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute
+    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute, cut: int
 ) -> Features:
-    """Features of the whole test set."""
-    x = data.arrays.test_x
-    return _features(experiment, model, data, compute, "test", x, np.arange(len(x)))
+    """Activations for the whole test set."""
+    rows = np.arange(len(data.arrays.test_x))
+    return _features(experiment, model, data, compute, cut, "test", rows)
+
+
+def _used(data: FederatedData) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = np.union1d(data.partition.indices, data.validation)
+    return rows
+
+
+def _state(model: Classifier, cut: int) -> dict[str, Tensor]:
+    """Parameters and buffers below the cut; nothing where there are no parameters."""
+    units = units_of(model.backbone)
+    backbone = model.backbone.state_dict()
+    if cut < len(units):
+        backbone = {k: v for k, v in backbone.items() if any(unit.owns(k) for unit in units[:cut])}
+    parameters = dict(model.backbone.named_parameters())
+    return backbone if parameters.keys() & backbone.keys() else {}
 
 
 def _features(
@@ -82,14 +179,16 @@ def _features(
     model: Classifier,
     data: FederatedData,
     compute: Compute,
+    cut: int,
     part: str,
-    x: NDArray[Any],
     rows: NDArray[np.int64],
 ) -> Features:
+    x = data.arrays.train_x if part == "train" else data.arrays.test_x
+    sections = {"models": experiment["model"], "tuning": experiment["tuning"]}
     key = cache_key(
-        payload.frozen_digest(model.backbone, ()),
-        json.dumps(experiment["model"].table(), sort_keys=True),
-        code_stamp(registry.resolve("models", experiment["model"].name).target),
+        [payload.digest_of(_state(model, cut)), cut],
+        json.dumps([section.table() for section in sections.values()], sort_keys=True),
+        [code_stamp(registry.resolve(kind, section.name).target) for kind, section in sections.items()],
         [code_digest(), torch.__version__, torch.get_num_threads(), BATCH],
         [compute.device.type, compute.precision],
         [data.arrays.digest, part],
@@ -98,16 +197,14 @@ def _features(
     file = cache_folder("features") / f"{key}.npy"
     values = _opened(file, len(rows))
     if values is None:
-        buffer = io.BytesIO()
-        np.save(buffer, _computed(model, compute, x, rows))
-        write_atomic(file, buffer.getvalue())
+        _write(file, model, compute, cut, x, rows)
         values = np.load(file, mmap_mode="r")
     position = np.full(len(x), -1, np.int64)
     position[rows] = np.arange(len(rows))
     return Features(values, position)
 
 
-def _opened(file: Any, rows: int) -> NDArray[Any] | None:
+def _opened(file: Path, rows: int) -> NDArray[Any] | None:
     """The memory-mapped file; None when it is not there or damaged."""
     try:
         values: NDArray[Any] = np.load(file, mmap_mode="r")
@@ -116,12 +213,49 @@ def _opened(file: Any, rows: int) -> NDArray[Any] | None:
     return values if len(values) == rows else None
 
 
+def _write(
+    file: Path, model: Classifier, compute: Compute, cut: int, x: NDArray[Any], rows: NDArray[np.int64]
+) -> None:
+    """Compute batch by batch straight into the file: it may be larger than the memory.
+
+    Written, not mapped: a full disk is then an error instead of the end of the process.
+    """
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), *_shape(model, compute, cut, x))}
+    try:
+        with replacing(file) as temporary, temporary.open("wb") as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for start in range(0, len(rows), BATCH):
+                batch = _computed(model, compute, cut, x[rows[start : start + BATCH]])
+                out.write(batch.contiguous().cpu().numpy().astype("<f4", copy=False).data)
+    except OSError as error:
+        raise UserError(
+            f"cannot write '{file}' ({error.strerror}); free some space, set FEDSIM_CACHE to another folder, "
+            "or set [features] cache = false"
+        ) from error
+
+
+def _shape(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> tuple[int, ...]:
+    """Of one row's activations below the cut."""
+    return tuple(_computed(model, compute, cut, np.zeros_like(x[:1])).shape[1:])
+
+
 @torch.no_grad()
-def _computed(model: Classifier, compute: Compute, x: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
-    set_train_mode(model, training=False)
-    parts = []
-    with compute.autocast():
-        for start in range(0, len(rows), BATCH):
-            batch = torch.from_numpy(x[rows[start : start + BATCH]]).to(compute.device)
-            parts.append(model.backbone(batch).float().cpu().numpy())
-    return np.concatenate(parts)
+def _computed(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> Tensor:
+    """Activations below the cut for some inputs, float32, on the model's device."""
+    inputs = torch.from_numpy(x).to(compute.device)
+    units = units_of(model.backbone)
+    with _mode(model, training=False), compute.autocast():
+        # the backbone as a whole is called as such: a mode may have hooked it
+        return (model.backbone(inputs) if cut == len(units) else run_units(units[:cut], inputs)).float()
+
+
+@contextmanager
+def _mode(model: Classifier, *, training: bool) -> Iterator[None]:
+    """Eval or train mode inside; every module is as it was afterwards: a client may be in the middle."""
+    before = {module: module.training for module in model.modules()}
+    set_train_mode(model, training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from fedsim.ranges import Count, Fraction, Natural, Portion
+from fedsim.ranges import Count, Fraction, Natural, NonNegative, Portion
 
 #: what a section without a name stands for
 DEFAULT_NAMES = {
@@ -110,11 +110,13 @@ def payload(*, personal: list[str] | None = None) -> None:
     """
 
 
-def features(*, cache: bool = True) -> None:
-    """Whether the outputs of a frozen backbone are computed once (when only the head changes).
+def features(*, cache: bool = True, limit: NonNegative = 2.0) -> None:
+    """Whether what lies below the first trainable parameter is computed once instead of for every batch.
 
     Args:
-        cache: `false` runs the backbone for every batch.
+        cache: `false` runs the whole model for every batch.
+        limit: gigabytes (10^9 bytes) on disk that the activations of one experiment may take; where they
+            would take more, nothing is kept and the whole model runs for every batch.
     """
 
 

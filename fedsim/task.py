@@ -49,10 +49,11 @@ class Task:
         selection: names that travel and names that stay.
         frozen_digest: digest of everything that does neither (of computed entries: of their ingredients).
         loss: (network, inputs, labels) -> mean loss of a batch, a scalar tensor with a graph.
+        cut: how many of the backbone's first units nothing changes in and are computed once
+            (`fedsim/features.py`); 0: the whole model runs for every batch.
+        network: what maps a batch's inputs to logits: the model, or what is above the cut.
         compute: device and precision.
         scaler: of the losses of the client that trains; the training loop makes a fresh one for each.
-        network: what maps a batch's inputs to logits: the model, or its head alone where the features of
-            a frozen backbone are computed once (`fedsim/features.py`).
     """
 
     experiment: Experiment
@@ -72,24 +73,23 @@ class Task:
             if name not in state  # non-persistent buffers: no state_dict entry, but a client may change them
         }
         self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
-        wanted = self.experiment.settings["features"]["cache"]
-        self._cached = wanted and features.cacheable(self.model, self.selection.changing)
-        self.network: nn.Module = self.model.head if self._cached else self.model
+        self.cut = features.cut(self.experiment, self.model, self.data, self.selection.changing, self.compute)
+        self.network = features.above(self.model, self.cut)
         self.scaler = self.compute.scaler()
 
     @cached_property
     def train_inputs(self) -> features.Features | NDArray[Any]:
         """What `network` takes, by rows of the training data."""
-        if not self._cached:
+        if not self.cut:
             return self.data.arrays.train_x
-        return features.train_features(self.experiment, self.model, self.data, self.compute)
+        return features.train_features(self.experiment, self.model, self.data, self.compute, self.cut)
 
     @cached_property
     def test_inputs(self) -> features.Features | NDArray[Any]:
         """What `network` takes, by rows of the test data."""
-        if not self._cached:
+        if not self.cut:
             return self.data.arrays.test_x
-        return features.test_features(self.experiment, self.model, self.data, self.compute)
+        return features.test_features(self.experiment, self.model, self.data, self.compute, self.cut)
 
     @property
     def device(self) -> torch.device:

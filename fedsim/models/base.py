@@ -5,6 +5,10 @@
 Normalisation and resizing belong to the backbone, so that data are stored once, raw, for all models.
 Because the two parts have fixed names, tuning modes, feature caches and personal heads
 (`personal = ["head.*"]`) need no code per model.
+
+A backbone may say what it consists of, first to last (`units`): between any two units it may be cut.
+
+    inputs ─ embedding or stem ─ block ─ block ─ ... ─ block ─ top (last norm, pooling) ─> features
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +37,66 @@ class DataInfo:
     classes: tuple[str, ...]
     sample_shape: tuple[int, ...]
     folders: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a backbone that runs as a whole: the smallest thing that a cut may follow.
+
+    The first unit takes raw inputs (normalisation and resizing are part of it), the last one puts out the
+    features, and those between them are blocks, one module each.
+
+    Attributes:
+        parts: dotted names, relative to the backbone, of the modules, parameters and buffers that `run`
+            uses; `""` is the whole backbone. No tensor belongs to two units.
+        run: what the unit below puts out (the first unit: raw inputs) -> one tensor [n, ...].
+    """
+
+    parts: tuple[str, ...]
+    run: Callable[[Tensor], Tensor]
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter, buffer or module (dotted name, relative to the backbone) is the unit's."""
+        return any(part in {"", name} or name.startswith(f"{part}.") for part in self.parts)
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """A backbone that says what it consists of.
+
+    Its `forward` is `run_units(self.units(), inputs)`, so that running the units *is* the forward pass.
+    """
+
+    def units(self) -> list[Unit]:
+        """First to last; they use the backbone's present modules, those that a tuning mode inserted, too."""
+
+
+def units_of(backbone: nn.Module) -> list[Unit]:
+    """The backbone's units; one that does not say what it consists of is a single unit."""
+    return backbone.units() if isinstance(backbone, Divided) else [Unit(("",), backbone)]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody registered a forward hook on the module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def hooked_around(network: nn.Module, units: Iterable[Unit]) -> bool:
+    """Whether there are hooks on the network or on a container inside: running the units would miss them."""
+    around = {""}
+    for unit in units:
+        for part in unit.parts:
+            while part:
+                part = part.rpartition(".")[0]
+                around.add(part)
+    return any(hooked(network.get_submodule(name)) for name in around)
+
+
+def run_units(units: Iterable[Unit], x: Tensor) -> Tensor:
+    """One after the other."""
+    for unit in units:
+        x = unit.run(x)
+    return x
 
 
 class Classifier(nn.Module):

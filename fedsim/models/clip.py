@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.base import Classifier, DataInfo, Unit
 from fedsim.models.images import ImageBackbone, check_images
+from fedsim.models.units import library_units
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -53,10 +54,10 @@ class ImageTower(ImageBackbone):
         self.config = dict(config)
         self.whole = whole
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features [n, d], not normalised, for images as stored."""
-        features: Tensor = self.visual(self.prepare(images))
-        return features
+    def units(self) -> list[Unit]:
+        """The tower's units; the features they end in are not normalised."""
+        first, *others = library_units(self.visual, "visual")
+        return [self.from_images(first), *others]
 
 
 class CosineHead(nn.Module):

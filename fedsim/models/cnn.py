@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, DataInfo, to_unit
+from fedsim.models.base import Classifier, DataInfo, Unit, run_units, to_unit
 from fedsim.ranges import Count, Portion
 
 Norm = Literal["batch", "group", "none"]
@@ -55,11 +55,17 @@ class ConvNet(nn.Module):
         self.block2 = Block(width, 2 * width, norm)
         self.dropout = nn.Dropout(dropout)
 
+    def units(self) -> list[Unit]:
+        """The two blocks, then pooling and dropout."""
+        return [
+            Unit(("block1",), lambda images: self.block1(2 * to_unit(images) - 1)),
+            Unit(("block2",), self.block2),
+            Unit(("dropout",), lambda x: self.dropout(x.mean((2, 3)))),
+        ]
+
     def forward(self, images: Tensor) -> Tensor:
         """Features, float32."""
-        x = self.block2(self.block1(2 * to_unit(images) - 1))
-        features: Tensor = self.dropout(x.mean((2, 3)))
-        return features
+        return run_units(self.units(), images)
 
 
 class Mlp(nn.Module):

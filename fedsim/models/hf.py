@@ -3,12 +3,16 @@
     token ids int [n, L], 0 pads ─ encoder ─> hidden states ─ mean over tokens ─> features [n, d] ─ Linear
 
 Token ids come with the data; they must be those of the encoder's own tokenizer, with 0 for padding.
+
+A BERT is divided into units: embeddings, layers, mean. What passes between them is [n, L, d + 1]: the last
+channel says which tokens are no padding (1 or 0), so that a layer needs nothing but what comes from below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 
 from fedsim.errors import UserError
 from fedsim.lookup import candidates, listed
-from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.base import Classifier, DataInfo, Unit, hooked, run_units
 from fedsim.models.lora import merged
 from fedsim.models.quiet import quiet
 
@@ -42,14 +46,53 @@ class TextBackbone(nn.Module):
         self.encoder = encoder
         self.source = source
 
+    def units(self) -> list[Unit]:
+        """Embeddings, layers and mean of a BERT; any other encoder is a single unit."""
+        whole = [Unit(("encoder",), self._whole)]
+        if not self._is_plain_bert():
+            return whole
+        layers = [
+            Unit((f"encoder.encoder.layer.{number}",), partial(self._layer, layer))
+            for number, layer in enumerate(self.encoder.encoder.layer)
+        ]
+        around = (self.encoder, self.encoder.encoder)
+        if any(map(hooked, around)):  # running the units would miss them
+            return whole
+        return [Unit(("encoder.embeddings",), self._embed), *layers, Unit((), self._mean)]
+
     def forward(self, ids: Tensor) -> Tensor:
         """Features, float32."""
+        return run_units(self.units(), ids)
+
+    def _is_plain_bert(self) -> bool:
+        from transformers import BertModel
+
+        config = self.encoder.config
+        return (
+            type(self.encoder) is BertModel
+            and config._attn_implementation == "sdpa"  # takes a finished mask, see `_attend`
+            and not config.is_decoder
+        )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder.embeddings(input_ids=ids.long())
+        return torch.cat([hidden, (ids != 0).unsqueeze(-1).to(hidden.dtype)], dim=-1)
+
+    def _layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        hidden, mask = x[..., :-1], x[..., -1:]
+        hidden = layer(hidden, attention_mask=self._attend(mask.squeeze(-1) != 0))
+        return torch.cat([hidden, mask.to(hidden.dtype)], dim=-1)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        hidden, weight = x[..., :-1], x[..., -1:]
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def _whole(self, ids: Tensor) -> Tensor:
         mask = ids != 0
         hidden: Tensor = self.encoder(
             input_ids=ids.long(), attention_mask=self._attend(mask)
         ).last_hidden_state
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return self._mean(torch.cat([hidden, mask.unsqueeze(-1).to(hidden.dtype)], dim=-1))
 
     def _attend(self, mask: Tensor) -> Tensor:
         """The mask as the encoder takes it.

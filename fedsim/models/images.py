@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.errors import UserError
-from fedsim.models.base import DataInfo, to_unit
+from fedsim.models.base import DataInfo, Unit, run_units, to_unit
 
 
-class ImageBackbone(nn.Module):
+class ImageBackbone(nn.Module, ABC):
     """A backbone that takes images as they are stored, [n, 1 or 3, h, w], uint8 or float32 in 0..1.
+
+    Subclasses say what it consists of: `units`, the first of them with `from_images`.
 
     Args:
         mean: per RGB channel, of images in 0..1.
@@ -45,6 +48,18 @@ class ImageBackbone(nn.Module):
             x = functional.interpolate(x, size=self.size, mode=self.interpolation, antialias=True)
             x = x.clamp(0, 1)  # bicubic interpolation overshoots
         return (x.expand(-1, 3, -1, -1) - self.mean) / self.std
+
+    def from_images(self, unit: Unit) -> Unit:
+        """The unit with `prepare` in front of it."""
+        return Unit(("mean", "std", *unit.parts), lambda images: unit.run(self.prepare(images)))
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """See `fedsim.models.base.Divided`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [n, d], float32, for images as stored."""
+        return run_units(self.units(), images)
 
 
 def check_images(data: DataInfo, model: str, smallest: int = 1) -> None:

@@ -2,8 +2,8 @@
 
     image ─ stem (3x3 conv, 16) ─ n blocks of 16 ─ n of 32 ─ n of 64 ─ mean over pixels ─> [n, 64]
 
-depth = 6 n + 2. The first block of the second and third stage halves the resolution. Everything that a
-cut may follow is `stem` or one of `blocks` (one flat list), see `units`.
+depth = 6 n + 2. The first block of the second and third stage halves the resolution. Units: `stem`,
+`blocks` (one flat list), the mean.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.base import Classifier, DataInfo, Unit
 from fedsim.models.images import ImageBackbone, check_images
 
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
@@ -70,16 +70,15 @@ class ResNet(ImageBackbone):
                 self.blocks.append(BasicBlock(inputs, width, 2 if stage and number == 0 else 1))
                 inputs = width
 
-    def units(self) -> list[nn.Module]:
-        """Stem and residual blocks, first to last: between any two of them the network may be cut."""
-        return [self.stem, *self.blocks]
+    def units(self) -> list[Unit]:
+        """Stem, residual blocks, mean over pixels."""
+        blocks = [Unit((f"blocks.{number}",), block) for number, block in enumerate(self.blocks)]
+        return [self.from_images(Unit(("stem",), self.stem)), *blocks, Unit((), mean_over_pixels)]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, float32."""
-        x = self.prepare(images)
-        for unit in self.units():
-            x = unit(x)
-        return x.mean((2, 3))
+
+def mean_over_pixels(x: Tensor) -> Tensor:
+    """[n, channels, h, w] -> [n, channels]."""
+    return x.mean((2, 3))
 
 
 def resnet20(data: DataInfo, /) -> Classifier:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.errors import UserError, nearest
 from fedsim.lookup import find
-from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.base import Classifier, DataInfo, Unit
 from fedsim.models.images import ImageBackbone, check_images, resampled
 from fedsim.models.quiet import quiet
+from fedsim.models.units import library_units
 from fedsim.ranges import Count
 
 
@@ -45,10 +46,10 @@ class TimmBackbone(ImageBackbone):
         self.trunk = trunk
         self.source = source
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, float32."""
-        features: Tensor = self.trunk(self.prepare(images))
-        return features
+    def units(self) -> list[Unit]:
+        """The trunk's units."""
+        first, *others = library_units(self.trunk, "trunk")
+        return [self.from_images(first), *others]
 
 
 def timm_model(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.base import Classifier, DataInfo, Unit
 from fedsim.models.images import ImageBackbone, check_images
-from fedsim.models.resnet import CIFAR_MEAN, CIFAR_STD
+from fedsim.models.resnet import CIFAR_MEAN, CIFAR_STD, mean_over_pixels
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
@@ -51,16 +51,10 @@ class Vgg(ImageBackbone):
                 self.blocks.append(ConvUnit(inputs, width, pool=number == count - 1))
                 inputs = width
 
-    def units(self) -> list[nn.Module]:
-        """The convolutions, first to last: between any two of them the network may be cut."""
-        return list(self.blocks)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, float32."""
-        x = self.prepare(images)
-        for unit in self.units():
-            x = unit(x)
-        return x.mean((2, 3))
+    def units(self) -> list[Unit]:
+        """The convolutions, then the mean over pixels."""
+        first, *others = [Unit((f"blocks.{number}",), block) for number, block in enumerate(self.blocks)]
+        return [self.from_images(first), *others, Unit((), mean_over_pixels)]
 
 
 def vgg11(data: DataInfo, /) -> Classifier:

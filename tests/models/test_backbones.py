@@ -35,12 +35,12 @@ def size(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     ("name", "parameters", "units"),
     [
-        ("resnet20", 272_474, 10),
-        ("resnet32", 466_906, 16),
-        ("resnet56", 855_770, 28),
-        ("resnet110", 1_730_714, 55),
-        ("vgg11", 9_228_362, 8),
-        ("vgg16", 14_724_042, 13),
+        ("resnet20", 272_474, 11),  # with the mean over pixels
+        ("resnet32", 466_906, 17),
+        ("resnet56", 855_770, 29),
+        ("resnet110", 1_730_714, 56),
+        ("vgg11", 9_228_362, 9),
+        ("vgg16", 14_724_042, 14),
     ],
 )
 def test_networks_for_cifar(name: str, parameters: int, units: int) -> None:
@@ -56,14 +56,14 @@ def test_units_are_the_network() -> None:
     model = resnet20(CIFAR).eval()
     images = inputs("cnn")
     assert isinstance(model.backbone, ResNet)
-    x = (images.float() / 255 - torch.tensor(CIFAR_MEAN).view(3, 1, 1)) / torch.tensor(CIFAR_STD).view(
-        3, 1, 1
-    )
-    shapes = []
-    for unit in model.backbone.units():
-        x = unit(x)
+    mean, std = torch.tensor(CIFAR_MEAN).view(3, 1, 1), torch.tensor(CIFAR_STD).view(3, 1, 1)
+    y = x = model.backbone.stem((images.float() / 255 - mean) / std)
+    shapes = [tuple(model.backbone.units()[0].run(images).shape[1:])]
+    for unit, block in zip(model.backbone.units()[1:-1], model.backbone.blocks, strict=True):
+        x, y = unit.run(x), block(y)
         shapes.append(tuple(x.shape[1:]))
     assert shapes == [(16, 32, 32)] * 4 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
+    assert torch.equal(x, y)
     torch.testing.assert_close(model.head(x.mean((2, 3))), model(images))
 
 
