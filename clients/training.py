@@ -97,10 +97,11 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
         config = messages.config_of(message)
         who = partition_of(context)
         task.load(_arrays(message), _personal(context))
+        rows = task.data.client(who)
         started = time.perf_counter()
         metrics = fit(
             task,
-            task.data.client(who),
+            rows,
             recipe,
             tool,
             step,
@@ -110,6 +111,7 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
         if task.selection.personal:
             context.state[PERSONAL] = task.personal()
         metrics[messages.SECONDS] = time.perf_counter() - started
+        metrics |= {messages.ROWS + name: counts for name, counts in task.row_counts(rows).items()}
         return messages.reply(message, task.shared(), metrics)
 
     @app.evaluate()
@@ -131,7 +133,7 @@ def fit(
     *,
     lr_scale: float,
     proximal_mu: float,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train the resident model on some rows of the training data.
 
     Args:

@@ -33,15 +33,34 @@ class WeightedSum:
     arrays: dict[str, NDArray[Any]]
     weight: float
     largest: dict[str, NDArray[Any]] = field(default_factory=dict)  #: integer entries: their maximum
+    rows: dict[str, NDArray[Any]] = field(
+        default_factory=dict
+    )  #: entries whose rows have weights: their sums
 
     @classmethod
-    def of(cls, values: Mapping[str, NDArray[Any]], weight: float) -> WeightedSum:
-        """A leaf. Integer entries (counters of BatchNorm, say) are not averaged: the maximum is kept."""
+    def of(
+        cls,
+        values: Mapping[str, NDArray[Any]],
+        weight: float,
+        rows: Mapping[str, NDArray[Any]] | None = None,
+    ) -> WeightedSum:
+        """A leaf. Integer entries (counters of BatchNorm, say) are not averaged: the maximum is kept.
+
+        Args:
+            values: name -> array.
+            weight: of all of them, but for
+            rows: name -> weights of the rows of that array, float64 [rows].
+        """
+        rows = rows or {}
         floating = {k: v for k, v in values.items() if v.dtype.kind in "fc"}
         return cls(
-            arrays={k: np.multiply(v, weight, dtype=np.float64) for k, v in floating.items()},
+            arrays={
+                k: np.multiply(v, _per_row(rows[k], v) if k in rows else weight, dtype=np.float64)
+                for k, v in floating.items()
+            },
             weight=float(weight),
             largest={k: v for k, v in values.items() if k not in floating},
+            rows={k: np.array(v) for k, v in rows.items()},
         )
 
     def add(self, other: WeightedSum) -> WeightedSum:
@@ -50,16 +69,35 @@ class WeightedSum:
             self.arrays[name] += values
         self.weight += other.weight
         self.largest = {k: np.maximum(v, other.largest[k]) for k, v in self.largest.items()}
+        for name, weights in other.rows.items():
+            self.rows[name] += weights
         return self
 
-    def mean(self, dtypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
-        """The weighted mean, cast once to the given dtypes, in their order."""
-        return {
-            name: self.largest[name]
-            if name in self.largest
-            else np.asarray(self.arrays[name] / self.weight).astype(dtype)
-            for name, dtype in dtypes.items()
-        }
+    def mean(
+        self, dtypes: Mapping[str, str], old: Mapping[str, NDArray[Any]] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """The weighted mean, cast once to the given dtypes, in their order.
+
+        Args:
+            dtypes: name -> dtype.
+            old: where rows have weights of their own: what a row without any weight stays at.
+        """
+        old = old or {}
+        return {name: self._mean(name, old).astype(dtype) for name, dtype in dtypes.items()}
+
+    def _mean(self, name: str, old: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        if name in self.largest:
+            return self.largest[name]
+        total = self.arrays[name]
+        if name not in self.rows:
+            return np.asarray(total / self.weight)
+        weights = _per_row(self.rows[name], total)
+        return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name])
+
+
+def _per_row(weights: NDArray[Any], array: NDArray[Any]) -> NDArray[Any]:
+    """Weights [rows] in the shape that multiplies the rows of an array."""
+    return weights.reshape(-1, *[1] * (array.ndim - 1))
 
 
 class TreeSum:
@@ -100,7 +138,7 @@ def weighted_metrics(replies: Sequence[MetricRecord]) -> MetricRecord:
         weights, total = np.ones(len(replies)), float(len(replies))
     found: dict[str, Any] = {}
     for key in replies[0]:
-        if key == messages.EXAMPLES or not all(key in m for m in replies):
+        if key == messages.EXAMPLES or key.startswith(messages.ROWS) or not all(key in m for m in replies):
             continue
         if len({np.shape(m[key]) for m in replies}) > 1:
             continue
@@ -155,6 +193,18 @@ class WeightedAverage(Strategy):
         """Weight of one reply in the mean."""
         return float(metrics[messages.EXAMPLES]) if self.weighting == "examples" else 1.0  # type: ignore[arg-type]
 
+    def row_weights(self, client: int, metrics: MetricRecord) -> dict[str, NDArray[Any]]:
+        """Weights of the rows of arrays whose rows belong to classes, float64 [rows]: the client's weight,
+        shared out by its samples of each class. A client does not dilute what it has no data for.
+        """
+        found = {}
+        for key in metrics:
+            if key.startswith(messages.ROWS):
+                counts = np.asarray(metrics[key], dtype=np.float64)
+                weight = self.weight(client, metrics)
+                found[key.removeprefix(messages.ROWS)] = weight * counts / max(counts.sum(), 1)
+        return found
+
     def combine(
         self, server_round: int, replies: Sequence[tuple[int, Message]], like: ArrayRecord
     ) -> dict[str, NDArray[Any]] | None:
@@ -167,17 +217,18 @@ class WeightedAverage(Strategy):
         """
         position = {client: i for i, client in enumerate(self._current().cohort)}
         tree, at = TreeSum(), 0
-        for client, message in replies:
+        rows = self._rows(replies, like)
+        for (client, message), own in zip(replies, rows, strict=True):
             for _ in range(position[client] - at):
                 tree.push(None)
             at = position[client] + 1
             weight = self.weight(client, _metrics(message))
             values = messages.views_of(_arrays(message))
-            tree.push(WeightedSum.of(values, weight) if weight > 0 else None)
+            tree.push(WeightedSum.of(values, weight, own) if weight > 0 else None)
         total = tree.total()
         if total is None:
             return None
-        return total.mean({name: array.dtype for name, array in like.items()})
+        return total.mean({name: array.dtype for name, array in like.items()}, messages.views_of(like))
 
     # ----------------------------------------------------------------------- Flower's Strategy
 
@@ -214,6 +265,18 @@ class WeightedAverage(Strategy):
         """Flower calls this before its own loop; fedsim prints its own header."""
 
     # ------------------------------------------------------------------------------- internals
+
+    def _rows(
+        self, replies: Sequence[tuple[int, Message]], like: ArrayRecord
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Row weights of every reply; one that says nothing of rows that others weigh weighs them alike."""
+        found = [self.row_weights(client, _metrics(message)) for client, message in replies]
+        names = {name for own in found for name in own}
+        for own, (client, message) in zip(found, replies, strict=True):
+            for name in names - own.keys():
+                count = like[name].shape[0]
+                own[name] = np.full(count, self.weight(client, _metrics(message)) / count)
+        return found
 
     def _configure(
         self,

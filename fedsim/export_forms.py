@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from fedsim.errors import UserError
 from fedsim.files import whole_folder
-from fedsim.models.base import Classifier
+from fedsim.models.base import Classifier, at_rest
 from fedsim.models.clip import ImageTower, export_open_clip
 from fedsim.models.hf import TextBackbone, export_hf
 from fedsim.models.lora import export_peft, peft_layers
@@ -102,8 +102,8 @@ def write_forms(model: Classifier, out: Path) -> tuple[list[str], str, list[str]
         try:
             with whole_folder(out / form.folder) as folder:
                 form.write(model, folder)
-                head = {name: value.cpu().contiguous() for name, value in model.head.state_dict().items()}
-                save_file(head, folder / "head.safetensors")
+                head = at_rest(model.head).state_dict()  # of learned prompts: their text features
+                save_file({k: v.cpu().contiguous() for k, v in head.items()}, folder / "head.safetensors")
         except UserError as error:
             notices.append(f"no {form.folder} folder: {error}")
             continue

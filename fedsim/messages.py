@@ -44,6 +44,7 @@ CODE = "code-digest"
 # keys of the metric record
 EXAMPLES = "num-examples"
 SECONDS = "seconds"
+ROWS = "rows:"  #: + name of an array: samples behind each of its rows (rows that belong to classes)
 
 
 def arrays_of(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -179,7 +180,25 @@ def complaint(message: Message, like: Mapping[str, tuple[tuple[int, ...], str]] 
     examples = metrics.get(EXAMPLES)
     if not isinstance(examples, int | float) or not np.isfinite(examples) or examples < 0:
         return f"'{EXAMPLES}' is {examples!r}, not a count"
-    return None if like is None else _array_complaint(message.content.get(ARRAYS), like)
+    if like is None:
+        return None
+    return _array_complaint(message.content.get(ARRAYS), like) or _rows_complaint(metrics, like)
+
+
+def _rows_complaint(metrics: MetricRecord, like: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
+    for key in metrics:
+        if not key.startswith(ROWS):
+            continue
+        shape, _ = like.get(key.removeprefix(ROWS), ((), ""))
+        counts = np.asarray(metrics[key], dtype=np.float64)
+        if (
+            counts.shape != shape[:1]
+            or counts.ndim != 1
+            or not np.isfinite(counts).all()
+            or (counts < 0).any()
+        ):
+            return f"'{key}' is no list of counts, one for each row"
+    return None
 
 
 def _array_complaint(arrays: object, like: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:

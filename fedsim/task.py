@@ -26,7 +26,7 @@ from fedsim.data import federated
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
-from fedsim.models.base import Classifier, DataInfo, set_train_mode
+from fedsim.models.base import Classifier, DataInfo, at_rest, set_train_mode
 from fedsim.models.fitting import fitting_modes
 
 
@@ -135,6 +135,12 @@ class Task:
         with self.compute.autocast(on=False):
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
+    def row_counts(self, rows: NDArray[np.int64]) -> dict[str, list[int]]:
+        """Samples of each class among some training rows, for every shared entry whose rows are classes."""
+        shared = {entry.name for entry in self.selection.shared}
+        counts = np.bincount(self.data.arrays.train_y[rows], minlength=len(self.data.arrays.classes))
+        return {name: counts.tolist() for name in self.model.class_rows if name in shared}
+
     def train_batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Rows of the training data on the device: inputs of `network` [b, ...], labels int64 [b]."""
         return self._batch(self.train_inputs, self.data.arrays.train_y, rows)
@@ -156,10 +162,11 @@ class Task:
         set_train_mode(self.model, training=False)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        network = at_rest(self.network)
         for start in range(0, len(rows), size):
             inputs, labels = self._batch(x, y, rows[start : start + size])
             with self.compute.autocast():
-                logits = self.network(inputs).float()
+                logits = network(inputs).float()
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
             correct += (logits.argmax(1) == labels).sum()
         count = max(len(rows), 1)
@@ -188,6 +195,14 @@ def cross_entropy(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(network(inputs), labels)
 
 
+def _loss(head: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """Cross-entropy, plus what a head wants of its own parameters (`penalty() -> scalar`)."""
+    penalty: Callable[[], Tensor] | None = getattr(head, "penalty", None)
+    if penalty is None:
+        return cross_entropy
+    return lambda network, inputs, labels: cross_entropy(network, inputs, labels) + penalty()
+
+
 def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     """Build a task: data, model (weights from the experiment's seed), tuning, selection.
 
@@ -209,7 +224,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         data=data,
         selection=selection,
         frozen_digest=payload.frozen_digest(model, selection.changing, model.derived),
-        loss=cross_entropy,
+        loss=_loss(model.head),
         compute=where,
     )
 
@@ -234,6 +249,7 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
             f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
             f"got {type(model).__name__}"
         )
+    model.text = None  # what no tuning mode took is let go
     return model
 
 

@@ -7,6 +7,10 @@ STRATEGIES = {
     # ours
     "fedavg": "fedsim.averaging:WeightedAverage",
     "fedtune": "strategies.fedtune:FedTune",
+    "promptfl": "strategies.promptfl:PromptFL",
+    "promptfolio": "strategies.promptfolio:PromptFolio",
+    "fedpgp": "strategies.fedpgp:FedPGP",
+    "fedclip": "strategies.fedclip:FedCLIP",
     "local-only": "strategies.baselines:LocalOnly",
     "centralised": "strategies.baselines:Centralised",
     # Flower's own classes on our payload

@@ -188,3 +188,67 @@ def test_two_answers_of_one_client_count_once() -> None:
     played = play(strategy, start, answer, clients=3, reorder=lambda replies: [*replies, replies[2]])
     assert played.arrays["w"][0] == 1.0
     assert "answered twice" in strategy.refused[2]
+
+
+def test_rows_that_belong_to_classes_are_averaged_over_their_owners() -> None:
+    """Row 0: clients 0 and 1 by 3 : 1; row 1: client 1 alone; row 2: nobody, it stays; `b` has no rows."""
+    counts = [[3, 0, 0], [1, 4, 0], [0, 0, 0]]
+    start = {"w": np.full((3, 2), 7, np.float32), "b": np.zeros(2, np.float32)}
+
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        moved = {k: np.full_like(v, client) for k, v in arrays.items()}
+        return moved, {"num-examples": [3, 5, 2][client], "rows:w": counts[client], "loss": 1.0}
+
+    played = play(WeightedAverage(), start, answer, clients=3)
+    np.testing.assert_array_equal(played.arrays["w"], np.float32([[0.25, 0.25], [1, 1], [7, 7]]))
+    np.testing.assert_array_equal(played.arrays["b"], np.float32([0.9, 0.9]))
+    assert set(played.metrics[0]) == {"num-examples", "loss"}
+
+    uniform = play(WeightedAverage(weighting="uniform"), start, answer, clients=3)
+    np.testing.assert_allclose(uniform.arrays["w"][0], 0.2 / 1.2)
+
+
+def test_row_weights_sum_over_blocks_like_everything_else() -> None:
+    rng = np.random.default_rng(0)
+
+    def leaves() -> list[WeightedSum]:
+        rng = np.random.default_rng(1)
+        return [
+            WeightedSum.of(
+                {"w": rng.normal(size=(4, 3)).astype(np.float32)},
+                1.0,
+                {"w": rng.integers(0, 3, 4).astype(float)},
+            )
+            for _ in range(7)
+        ]
+
+    whole, blocks = tree([*leaves()]), TreeSum()
+    for start in range(0, 8, 2):
+        part: list[WeightedSum | None] = [*leaves()[start : start + 2]]
+        blocks.push(tree(part + [None] * (2 - len(part))), 1)
+    folded = blocks.total()
+    assert whole is not None
+    assert folded is not None
+    old = {"w": rng.normal(size=(4, 3))}
+    one, other = (total.mean({"w": "float32"}, old)["w"] for total in (whole, folded))
+    assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, -1, 0], [1.0, float("nan"), 0.0], 3])
+def test_bad_counts_of_rows_are_refused(counts: object) -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return arrays, {"num-examples": 1, "rows:w": [1, 1, 1] if client else counts}
+
+    strategy = WeightedAverage()
+    played = play(strategy, {"w": np.ones((3, 2), np.float32)}, answer, clients=3)
+    assert "'rows:w' is no list of counts" in strategy.refused[0]
+    np.testing.assert_array_equal(played.arrays["w"], 1)
+
+
+def test_a_client_that_says_nothing_of_rows_weighs_them_alike() -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        said = {"num-examples": 2, "rows:w": [2, 0]} if client else {"num-examples": 2}
+        return {"w": np.full((2, 1), client, np.float32)}, said
+
+    played = play(WeightedAverage(), {"w": np.zeros((2, 1), np.float32)}, answer, clients=2)
+    np.testing.assert_allclose(played.arrays["w"][:, 0], [2 / 3, 0])

@@ -9,6 +9,7 @@ MODELS = {
     "timm:": "fedsim.models.timm_models:timm_model",
     "minilm": "fedsim.models.hf:minilm",
     "hf:": "fedsim.models.hf:hf_model",
+    "hf-clip:": "fedsim.models.hf_clip:hf_clip",
     "cnn": "fedsim.models.cnn:cnn",
     "mlp": "fedsim.models.cnn:mlp",
     "resnet20": "fedsim.models.resnet:resnet20",
@@ -29,5 +30,8 @@ TUNING = {
     "vpt-deep": "fedsim.models.vpt:vpt_deep",
     "adapter": "fedsim.models.adapter:adapter",
     "lora": "fedsim.models.lora:lora",
+    "prompt": "fedsim.models.prompt:prompt",
+    "prompt-folio": "fedsim.models.personal_prompts:prompt_folio",
+    "prompt-low-rank": "fedsim.models.personal_prompts:prompt_low_rank",
     "clip-adapter": "fedsim.models.clip_adapter:clip_adapter",
 }

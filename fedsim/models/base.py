@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.errors import UnfitTuning
+
+if TYPE_CHECKING:
+    from fedsim.models.text_towers import TextSide
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,12 @@ class Classifier(nn.Module):
         derived: entries of the state that were computed -> digest of all that they were computed from. Two
             honest machines may differ in the last bits of such a value, never in its ingredients: while an
             entry is frozen, `payload.frozen_digest` covers the ingredients in its place.
+
+    Attributes:
+        train_modules: see `train_only`.
+        class_rows: names of parameters with one row per class: their rows are averaged over the clients
+            that have samples of the class.
+        text: of a CLIP, what captions are written with; only until the model is tuned.
     """
 
     def __init__(
@@ -125,6 +134,8 @@ class Classifier(nn.Module):
         self.head_is_prior = head_is_prior
         self.derived = dict(derived or {})
         self.train_modules: tuple[str, ...] = ()
+        self.class_rows: tuple[str, ...] = ()
+        self.text: TextSide | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [n, classes] for raw inputs [n, ...]."""
@@ -159,6 +170,19 @@ def train_only(
         parameter.requires_grad_(name in selected)
     model.train_modules = tuple(train_modules)
     return model
+
+
+def at_rest(network: nn.Module) -> nn.Module:
+    """The same function as long as no parameter changes: what depends on no input is computed once, here.
+
+    Args:
+        network: a head or a classifier; a head that gains from this has a method `at_rest`.
+    """
+    if isinstance(network, Classifier):
+        head = at_rest(network.head)
+        return network if head is network.head else nn.Sequential(network.backbone, head)
+    resting: Callable[[], nn.Module] | None = getattr(network, "at_rest", None)
+    return network if resting is None else resting()
 
 
 def to_unit(inputs: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from fedsim.errors import UserError
 from fedsim.models.base import Classifier, DataInfo, Unit
 from fedsim.models.images import ImageBackbone, check_images
+from fedsim.models.text_towers import TextSide
 from fedsim.models.units import library_units
 
 if TYPE_CHECKING:
@@ -77,8 +78,18 @@ class CosineHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [n, classes] for features [n, d]."""
-        features = functional.normalize(features, dim=-1)
-        return self.logit_scale.exp() * features @ functional.normalize(self.weight, dim=-1).T
+        return cosine_logits(features, self.weight, self.logit_scale)
+
+
+def cosine_logits(features: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """exp(logit_scale) * cosine of image features [n, d] and text features [classes, d]: [n, classes]."""
+    features = functional.normalize(features, dim=-1)
+    return logit_scale.exp() * features @ functional.normalize(text, dim=-1).T
+
+
+def spoken(name: str) -> str:
+    """A class name as it stands in a caption: underscores are spaces."""
+    return name.replace("_", " ").strip()
 
 
 class WordTokenizer:
@@ -128,29 +139,29 @@ def tiny_clip(data: DataInfo, /, *, template: str = "a photo of a {}") -> Classi
         template: caption of a class; `{}` stands for its name.
     """
     clip, tokenizer = load_tiny_clip()
-    return clip_classifier(
-        clip, tokenizer, data, config=tiny_config(), whole=_whole_tiny_clip, template=template
-    )
+    tower = ImageTower(clip.visual, tiny_config(), _whole_tiny_clip)
+    return clip_classifier(clip, tower, tokenizer, data, template=template)
 
 
 def clip_classifier(
-    clip: CLIP,
+    clip: Any,
+    tower: ImageBackbone,
     tokenize: Callable[[Sequence[str]], Tensor],
     data: DataInfo,
     *,
-    config: Mapping[str, Any],
-    whole: Callable[[], CLIP],
     template: str | Sequence[str] = "a photo of a {}",
     derived: Mapping[str, str] | None = None,
 ) -> Classifier:
-    """A classifier of any open_clip model; the text tower is used once, for the head, and let go.
+    """A classifier of any CLIP; the text tower is used once, for the head.
+
+    It stays at hand as `text` until the model is tuned (prompt learning needs it) and is no part of the
+    classifier's state.
 
     Args:
-        clip: the model; its visual tower becomes part of the classifier (it is not copied).
+        clip: a model of open_clip, or `HfText`.
+        tower: the backbone, made of its visual tower (which is not copied).
         tokenize: captions -> tokens int64 [captions, context].
         data: class names and the shape of one image.
-        config: content of `open_clip_config.json`: model_cfg and preprocess_cfg.
-        whole: builds `clip` again, for `export_open_clip`.
         template: caption of a class; `{}` stands for its name. Of several captions, the mean of their
             normalised text features counts.
         derived: entries of `clip`'s state that were computed, see `Classifier`.
@@ -164,18 +175,21 @@ def clip_classifier(
         raise UserError(f"[model] template '{''.join(bad[:1])}' has no '{{}}' for the class name")
     check_images(data, "CLIP")
     clip.eval()
-    captions = [tokenize([form.replace("{}", name) for name in data.classes]) for form in templates]
+    captions = [tokenize([form.replace("{}", spoken(name)) for name in data.classes]) for form in templates]
     with torch.no_grad():
         text = torch.stack([clip.encode_text(tokens, normalize=True) for tokens in captions]).mean(0)
-    return Classifier(
-        ImageTower(clip.visual, config, whole),
+    model = Classifier(
+        tower,
         CosineHead(text, clip.logit_scale),
         head_is_prior=True,
         derived=_derived(clip, captions, derived or {}),
-    ).eval()
+    )
+    made = {name.removeprefix("text."): digest for name, digest in (derived or {}).items()}
+    model.text = TextSide(clip, tokenize, data.classes, templates[0], made)
+    return model.eval()
 
 
-def _derived(clip: CLIP, captions: Sequence[Tensor], derived: Mapping[str, str]) -> dict[str, str]:
+def _derived(clip: Any, captions: Sequence[Tensor], derived: Mapping[str, str]) -> dict[str, str]:
     """What the classifier's computed entries were made of: text features of the text tower and tokens."""
     from fedsim.payload import digest_of
 

@@ -29,8 +29,11 @@ def fitting_modes(model: Classifier) -> list[str]:
 
 def _twin(model: Classifier) -> Classifier:
     """A copy whose tensors are on `meta`: it takes no memory."""
-    tensors: dict[int, object] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
-    }
-    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    tensors: dict[int, object] = {}
+    for module in [model, *([] if model.text is None else [model.text.clip])]:
+        tensors |= {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in module.parameters()
+        }
+        tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
     return copy.deepcopy(model, tensors)

@@ -80,7 +80,7 @@ class TextBackbone(nn.Module):
 
     def _layer(self, layer: nn.Module, x: Tensor) -> Tensor:
         hidden, mask = x[..., :-1], x[..., -1:]
-        hidden = layer(hidden, attention_mask=self._attend(mask.squeeze(-1) != 0))
+        hidden = layer(hidden, attention_mask=attention_of(self.encoder.config, mask.squeeze(-1) != 0))
         return torch.cat([hidden, mask.to(hidden.dtype)], dim=-1)
 
     def _mean(self, x: Tensor) -> Tensor:
@@ -89,21 +89,21 @@ class TextBackbone(nn.Module):
 
     def _whole(self, ids: Tensor) -> Tensor:
         mask = ids != 0
-        hidden: Tensor = self.encoder(
-            input_ids=ids.long(), attention_mask=self._attend(mask)
-        ).last_hidden_state
+        attend = attention_of(self.encoder.config, mask)
+        hidden: Tensor = self.encoder(input_ids=ids.long(), attention_mask=attend).last_hidden_state
         return self._mean(torch.cat([hidden, mask.unsqueeze(-1).to(hidden.dtype)], dim=-1))
 
-    def _attend(self, mask: Tensor) -> Tensor:
-        """The mask as the encoder takes it.
 
-        From a mask [n, L] the attention of torch ("sdpa") looks whether any padding is there at all, which
-        waits for the device; a finished additive one [n, 1, L, L] is taken as it is.
-        """
-        if self.encoder.config._attn_implementation != "sdpa":
-            return mask.long()
-        closed = torch.finfo(torch.float32).min * (~mask)[:, None, None, :].float()
-        return closed.expand(-1, 1, mask.shape[1], -1)
+def attention_of(config: Any, mask: Tensor) -> Tensor:
+    """A mask [n, L], True at tokens that are no padding, as the encoder with this configuration takes it.
+
+    From a mask [n, L] the attention of torch ("sdpa") looks whether any padding is there at all, which
+    waits for the device; a finished additive one [n, 1, L, L] is taken as it is.
+    """
+    if config._attn_implementation != "sdpa":
+        return mask.long()
+    closed = torch.finfo(torch.float32).min * (~mask)[:, None, None, :].float()
+    return closed.expand(-1, 1, mask.shape[1], -1)
 
 
 def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classifier:

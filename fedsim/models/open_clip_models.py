@@ -26,7 +26,7 @@ from fedsim.errors import UserError, nearest
 from fedsim.files import write_atomic
 from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo
-from fedsim.models.clip import clip_classifier
+from fedsim.models.clip import ImageTower, clip_classifier
 from fedsim.models.hf import MINILM
 from fedsim.models.images import check_images, resampled
 from fedsim.models.quiet import quiet
@@ -57,15 +57,9 @@ def clip_lite(
     text = {"hf_model_name": MINILM, "hf_tokenizer_name": MINILM}
     config = _clip_lite_config(image_size)
     config["text_cfg"].update(text)
-    return clip_classifier(
-        clip,
-        tokenize,
-        data,
-        config={"model_cfg": config, "preprocess_cfg": pixels},
-        whole=partial(_whole_clip_lite, image_size),
-        template=template,
-        derived=derived,
-    )
+    about = {"model_cfg": config, "preprocess_cfg": pixels}
+    tower = ImageTower(clip.visual, about, partial(_whole_clip_lite, image_size))
+    return clip_classifier(clip, tower, tokenize, data, template=template, derived=derived)
 
 
 def open_clip_model(
@@ -113,9 +107,8 @@ def open_clip_model(
             tokenize = open_clip.get_tokenizer(architecture)
     except Exception as error:  # whatever the tokenizer's library raises
         raise UserError(f"cannot load the tokenizer of '{architecture}': {error}") from error
-    return clip_classifier(
-        clip, tokenize, data, config=config, whole=make, template=template, derived=derived
-    )
+    tower = ImageTower(clip.visual, config, make)
+    return clip_classifier(clip, tower, tokenize, data, template=template, derived=derived)
 
 
 def _weights_file(weights: str, architecture: str, tags: list[str], data: DataInfo) -> Path:

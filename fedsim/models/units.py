@@ -27,7 +27,7 @@ def library_units(network: nn.Module, at: str) -> list[Unit]:
     find = _known().get(type(network))
     units = find(network) if find is not None else None
     if units is None or hooked_around(network, units):
-        return [Unit((at,), network)]
+        return [Unit((at,), lambda x: _features(network(x)))]
     return [Unit(tuple(f"{at}.{part}" for part in unit.parts), unit.run) for unit in units]
 
 
@@ -48,6 +48,11 @@ def _known() -> Mapping[type[nn.Module], Callable[[Any], list[Unit] | None]]:
         OpenClipVit: _open_clip_vit,
         ModifiedResNet: _open_clip_resnet,
     }
+
+
+def _features(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a network puts out; CoCa's image tower gives its tokens, too, behind the features."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _blocks(network: nn.Module, *containers: str) -> list[Unit]:

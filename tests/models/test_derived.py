@@ -16,8 +16,9 @@ from fedsim import payload
 from fedsim.errors import UserError
 from fedsim.models import open_clip_models
 from fedsim.models.base import Classifier, DataInfo
-from fedsim.models.clip import clip_classifier, load_tiny_clip, tiny_clip, tiny_config
+from fedsim.models.clip import ImageTower, clip_classifier, load_tiny_clip, tiny_clip, tiny_config
 from fedsim.models.open_clip_models import clip_lite, open_clip_model
+from fedsim.models.personal_prompts import prompt_low_rank
 from fedsim.models.timm_models import timm_model
 from fedsim.models.tuning import bias, head
 from fedsim.task import build
@@ -58,12 +59,26 @@ def test_last_bits_of_text_features_do_not_matter_and_what_they_are_made_of_does
     for name, value in clip.state_dict().items():
         if not name.startswith("visual.") and name != "logit_scale":
             nudge(value)
-            config = tiny_config()
-            other = clip_classifier(clip, tokenize, DIGITS, config=config, whole=lambda: load_tiny_clip()[0])
+            tower = ImageTower(clip.visual, tiny_config(), lambda: load_tiny_clip()[0])
+            other = clip_classifier(clip, tower, tokenize, DIGITS)
             assert digest(bias(other)) != first, name
             break
     else:
         pytest.fail("no text tower")
+
+
+def test_prompts_cover_the_text_tower_but_not_what_was_computed_with_it() -> None:
+    """The tower is compared bit by bit; the features of the untrained prompt are not."""
+
+    def made() -> Classifier:
+        torch.manual_seed(0)
+        return prompt_low_rank(tiny_clip(DIGITS), tokens=2)
+
+    first = digest(made())
+    assert digest(nudged(made(), "head.origin")) == first
+    assert digest(nudged(made(), "head.fixed")) != first
+    tower = next(name for name in made().state_dict() if name.endswith("attn.in_proj_weight"))
+    assert digest(nudged(made(), tower)) != first
 
 
 def test_a_head_that_trains_is_not_in_the_digest() -> None:

@@ -23,12 +23,15 @@ from tests.models.zoo import DIGITS, IMAGES, MODES, inputs, make, trained, train
 KINDS = ("clip", "cnn-clip", "vit", "bert", "cnn")
 TRANSFORMERS_ONLY = {"adapter", "lora"}
 VITS_ONLY = {"vpt-shallow", "vpt-deep"}
+CLIPS_ONLY = {"prompt", "prompt-folio", "prompt-low-rank"}
 IDENTITIES = ("full", "head", "bias", "norm", "partial", "adapter", "lora", "clip-adapter")
 
 
 def makes_sense(mode: str, kind: str) -> bool:
     if mode in VITS_ONLY:
         return kind in {"clip", "vit"}
+    if mode in CLIPS_ONLY:
+        return kind == "clip"  # the only kind here with a text tower
     return not (mode in TRANSFORMERS_ONLY and kind in {"cnn", "cnn-clip"})
 
 
@@ -146,7 +149,7 @@ def test_prompts_are_seen_by_every_block_and_by_nothing_else(mode: str, kind: st
 
 def test_a_deep_copy_has_modules_of_its_own(tmp_path: Path) -> None:
     """Hooks of a copy must not reach back into the original."""
-    for mode in ("vpt-deep", "adapter", "clip-adapter", "lora"):
+    for mode in ("vpt-deep", "adapter", "clip-adapter", "lora", *CLIPS_ONLY):
         model = MODES[mode](make("clip", tmp_path)).eval()
         expected = model(inputs("clip"))
         twin = copy.deepcopy(model)
@@ -160,7 +163,11 @@ def test_a_deep_copy_has_modules_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), NONSENSE)
 def test_a_mode_that_makes_no_sense_is_an_error(mode: str, kind: str, tmp_path: Path) -> None:
-    reason = "no plain Vision Transformer" if mode in VITS_ONLY else "needs a Transformer, the blocks .* are"
+    reason = "needs a Transformer, the blocks .* are"
+    if mode in VITS_ONLY:
+        reason = "no plain Vision Transformer"
+    elif mode in CLIPS_ONLY:
+        reason = "for the text tower of a CLIP, this model has none"
     with pytest.raises(UnfitTuning, match=f"tuning '{mode}' .*{reason}"):
         MODES[mode](make(kind, tmp_path))
 

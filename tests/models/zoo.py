@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from fedsim.models.timm_models import timm_model
 DIGITS = DataInfo(DIGIT_WORDS, (1, 8, 8))
 IMAGES = DataInfo(("cat", "dog", "frog"), (3, 32, 32))
 TOKENS = DataInfo(("good", "bad"), (12,))
-MODES: Mapping[str, Callable[..., Classifier]] = {
-    name: registry.load(target) for name, target in TUNING.items()
-}
+MODES: dict[str, Callable[..., Classifier]] = {name: registry.load(target) for name, target in TUNING.items()}
+for name in ("prompt", "prompt-folio", "prompt-low-rank"):  # captions of tiny-clip have 16 tokens in all
+    MODES[name] = partial(MODES[name], tokens=4)
 
 _BERT = {
     "vocab_size": 50,

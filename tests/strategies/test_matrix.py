@@ -32,6 +32,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
     "bulyan": {"num_malicious_nodes": 1},
 }
+#: their default tuning is for CLIPs
+CLIPS_ONLY: dict[str, dict[str, Any]] = {
+    **{name: {"tuning": {"tokens": 4}} for name in ("promptfl", "promptfolio", "fedpgp")},
+    "fedclip": {},
+}
 #: the server takes a step of its own, so equal replies are not simply adopted
 SERVER_OPTIMISERS = {"fedadagrad", "fedadam", "fedyogi"}
 
@@ -113,9 +118,9 @@ class TestEveryStrategy:
 
     def test_runs_end_to_end_and_reproducibly(self, name: str, tmp_path: Path) -> None:
         strategy = {"name": name, **ARGUMENTS.get(name, {})}
-        experiment = tiny(
-            "rounds=2", "partition.clients=7", strategy=strategy, model={"name": "cnn", "width": 4}
-        )
+        model = {"name": "tiny-clip"} if name in CLIPS_ONLY else {"name": "cnn", "width": 4}
+        tables = {"strategy": strategy, "model": model, **CLIPS_ONLY.get(name, {})}
+        experiment = tiny("rounds=2", "partition.clients=7", **tables)
         with quiet():
             first = run(experiment, tmp_path / "a")
             second = run(experiment, tmp_path / "b")

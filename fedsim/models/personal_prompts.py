@@ -1,0 +1,136 @@
+"""Prompts of which a part stays with the client: PromptFolio and FedPGP. Shared is `head.context` alone.
+
+    prompt-folio     text feature = (1 - share) T(context) + share T(own)           own [M, D] is personal
+    prompt-low-rank  prompt = context + U V                             U [M, b] and V [b, D] are personal
+
+T gives normalised text features. `[payload] personal` says what stays (the strategies `promptfolio` and
+`fedpgp` bring it along). Equations as in the methods' public code; the papers' text was not at hand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsim.models.base import Classifier, train_only
+from fedsim.models.prompt import Position, PromptHead, PromptStart, prompt_start
+from fedsim.payload import digest_of
+from fedsim.ranges import Count, Fraction, NonNegative, Positive
+
+
+class FolioHead(PromptHead):
+    """Mixes the text features of a shared and of a personal prompt.
+
+    Args:
+        start: tower and captions.
+        share: of the personal prompt.
+    """
+
+    def __init__(self, start: PromptStart, share: float) -> None:
+        super().__init__(start, start.context())
+        self.own = nn.Parameter(start.context())
+        self.share = share
+
+    def class_features(self) -> Tensor:
+        """[classes, d]."""
+        shared, own = (
+            functional.normalize(self.text_features(context), dim=-1) for context in (self.context, self.own)
+        )
+        return (1 - self.share) * shared + self.share * own
+
+
+class LowRankHead(PromptHead):
+    """Adds a personal low-rank change to a shared prompt.
+
+    Args:
+        start: tower and captions.
+        rank: b.
+        mu: weight of the contrastive term.
+        temperature: of the contrastive term.
+    """
+
+    origin: Tensor
+
+    def __init__(self, start: PromptStart, rank: int, mu: float, temperature: float) -> None:
+        context = start.context()
+        super().__init__(start, context)
+        count, width = context.shape
+        self.left = nn.Parameter(0.02 * torch.randn(count, rank, device=context.device))
+        self.right = nn.Parameter(0.02 * torch.randn(rank, width, device=context.device))
+        self.mu, self.temperature = mu, temperature
+        with torch.no_grad():
+            self.register_buffer("origin", self.text_features(context))
+
+    def class_features(self) -> Tensor:
+        """[classes, d]."""
+        return self.text_features(self.context + self.left @ self.right)
+
+    def penalty(self) -> Tensor:
+        """mu times the contrastive term: shared text features stay near the untrained prompt's, away from the
+        client's own; mean over classes of -log softmax(cosines / temperature) at the former.
+        """
+        anchor = self.text_features(self.context)
+        near = functional.cosine_similarity(anchor, self.origin, dim=-1)
+        far = functional.cosine_similarity(anchor, self.class_features(), dim=-1)
+        pairs = torch.stack([near, far], dim=-1) / self.temperature
+        return -self.mu * pairs.log_softmax(dim=-1)[:, 0].mean()
+
+
+def prompt_folio(
+    model: Classifier,
+    /,
+    *,
+    tokens: Count | None = None,
+    init: str = "normal",
+    position: Position = "end",
+    share: Fraction = 0.4,
+) -> Classifier:
+    """A shared prompt (`head.context`) and one of the client's own (`head.own`), text features mixed.
+
+    Args:
+        tokens: how many vectors each has (M); by default 16 (fewer where the text tower is too short), or
+            as many as the words of `init` have tokens.
+        init: "normal" (standard deviation 0.02), or words whose embeddings the vectors start from.
+        position: of the class name: behind the context ("end"), before it ("front") or in its "middle".
+        share: of the client's own text features in the mixture.
+
+    Raises:
+        UserError: as for `prompt`.
+    """
+    model.head = FolioHead(prompt_start(model, "prompt-folio", tokens, init, position), share)
+    return train_only(model, {"head.context", "head.own"}.__contains__, mode="prompt-folio").eval()
+
+
+def prompt_low_rank(
+    model: Classifier,
+    /,
+    *,
+    tokens: Count | None = None,
+    init: str = "normal",
+    position: Position = "end",
+    rank: Count = 4,
+    mu: NonNegative = 1.0,
+    temperature: Positive = 0.5,
+) -> Classifier:
+    """A shared prompt (`head.context`) plus a low-rank change of the client's own (`head.left @ head.right`).
+
+    Args:
+        tokens: how many vectors it has (M); by default 16 (fewer where the text tower is too short for that),
+            or as many as the words of `init` have tokens.
+        init: "normal" (standard deviation 0.02), or words whose embeddings the vectors start from.
+        position: of the class name: behind the context ("end"), before it ("front") or in its "middle".
+        rank: of the client's own change.
+        mu: weight of the contrastive term in the loss.
+        temperature: of the contrastive term.
+
+    Raises:
+        UserError: as for `prompt`.
+    """
+    start = prompt_start(model, "prompt-low-rank", tokens, init, position)
+    head = LowRankHead(start, rank, mu, temperature)
+    made_of = {name: value for name, value in head.state_dict().items() if name != "origin"}
+    model.derived["head.origin"] = digest_of(made_of, {f"tower.{k}": v for k, v in start.derived.items()})
+    model.head = head
+    chosen = {"head.context", "head.left", "head.right"}
+    return train_only(model, chosen.__contains__, mode="prompt-low-rank").eval()
