@@ -76,7 +76,7 @@ MISTAKES = {
     "strategy.name=fedtun": ["[strategy]", "did you mean 'fedtune'?", "fedsim list strategies"],
     "data.name=digit": ["[data]", "did you mean 'digits'?"],
     "tuning.name=bais": ["[tuning]", "did you mean 'bias'?"],
-    "tuning.name=norm": ["selects no parameter", "[tuning] name", "'full'"],
+    "tuning.name=norm": ["selects no parameter", "[tuning] name", "fit model 'mlp': full, head"],
     "rounds=x": ["rounds", "integer", "'x'"],
     "client.lr=-1": ["[client] lr", "greater than 0", "-1"],
     "partition.clients=2000": ["[partition] clients = 2000", "give at most 747"],
