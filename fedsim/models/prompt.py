@@ -193,6 +193,7 @@ def prompt_start(
     words = [] if init == "normal" else context_words(side, init, tokens)
     layout = lay_out(side, len(words) or tokens, position)
     tower = text_tower(side.clip)
+    model.text = None  # it is in parts now
     ids = layout.ids
     if tower.can_shorten:
         ids = ids[:, : layout.length]

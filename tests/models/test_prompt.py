@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ TEXTS: dict[str, dict[str, Any]] = {
 }
 KINDS = (*TEXTS, "encoder", "hf-clip")
 SHORT = {"native", "custom", "encoder", "hf-clip"}
-Tokenize = Callable[[Sequence[str]], Tensor]
 
 
 def words_tokenizer() -> WordTokenizer:
@@ -272,8 +270,7 @@ def test_clip_vit_b16_on_meta() -> None:
     tokenize = open_clip.get_tokenizer("ViT-B-16")
     model = clip_classifier(clip, tower, lambda captions: tokenize(captions).to("meta"), data)
     assert model.text is not None
-    model.text = copy.copy(model.text)
-    object.__setattr__(model.text, "tokenize", tokenize)
+    model.text = replace(model.text, tokenize=tokenize)
     model = prompt(model).to("meta")
     assert trained_count(model) == 8_192
     assert head_of(model).ids.shape == (10, 20)
@@ -297,7 +294,7 @@ def test_bad_input(tmp_path: Path) -> None:
     def native(*classes: str) -> Classifier:
         model = make("native", tmp_path)
         assert model.text is not None
-        object.__setattr__(model.text, "classes", classes)
+        model.text = replace(model.text, classes=classes)
         return model
 
     with pytest.raises(UserError, match=r"text tower of a CLIP.*open_clip:NAME"):
