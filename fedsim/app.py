@@ -39,6 +39,9 @@ log = logging.getLogger("fedsim")
 class FederatedClientApp(ClientApp):
     """Hands every message to the client that its experiment names."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _begin_anew, ()
+
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message (see `clients/training.py` for what happens inside)."""
         from fedsim import payload
@@ -75,6 +78,19 @@ class FederatedClientApp(ClientApp):
             if packed and reply.has_content():
                 reply = _flwr.with_content(reply, payload.pack(reply.content, task.half))
             return reply
+
+
+def _begin_anew() -> ClientApp:
+    """The app in a worker process, which must see data and modules as they are now."""
+    _forget()
+    return client_app
+
+
+def _forget() -> None:
+    from fedsim import task as tasks
+
+    tasks.cached.cache_clear()
+    _client.cache_clear()
 
 
 @lru_cache(maxsize=2)
@@ -158,8 +174,7 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
     from fedsim.wire import WireGrid
 
     # a second run of this process must see data and modules as they are now
-    tasks.cached.cache_clear()
-    _client.cache_clear()
+    _forget()
     with running(experiment, derive_seed("server", experiment.seed)):
         task = tasks.cached(experiment.json())
         strategy = experiment.build("strategy")

@@ -1,17 +1,12 @@
-"""Weighted averaging that gives the same bits for any number of workers, and the strategy built on it.
+"""Weighted averaging that gives the same bits for any number of workers: the base of our strategies.
 
-A mean is a sum of `weight * values` and of `weight`, both float64, divided and cast once at the end.
-Floating-point sums depend on their order, so the order is fixed: one binary tree over the positions of
-the cohort (clients in order of partition id). A leaf whose reply is missing or refused is skipped; it
-does not shift its neighbours. An aligned block of 2^k positions is one subtree, so a worker may sum its
-own block and the result stays bit-identical.
-
-        ((0+1)+(2+3)) + ((4+5)+(6+·))          7 clients; client 7 would join at the dot
+The sum is taken along one fixed binary tree (`fedsim/sums.py`): here, when replies come whole, or on
+the way to here by an engine that folds (`reduction`), with the same result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,115 +19,15 @@ from numpy.typing import NDArray
 from fedsim import messages
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.ranges import Count, Fraction, Share
+from fedsim.sums import TreeSum, WeightedSum, Weighting
 
 
-@dataclass
-class WeightedSum:
-    """Σ weight·values and Σ weight of some clients (one element of an algebra with `+`)."""
-
-    arrays: dict[str, NDArray[Any]]
-    weight: float
-    largest: dict[str, NDArray[Any]] = field(default_factory=dict)  #: integer entries: their maximum
-    rows: dict[str, NDArray[Any]] = field(
-        default_factory=dict
-    )  #: entries whose rows have weights: their sums
-
-    @classmethod
-    def of(
-        cls,
-        values: Mapping[str, NDArray[Any]],
-        weight: float,
-        rows: Mapping[str, NDArray[Any]] | None = None,
-    ) -> WeightedSum:
-        """A leaf. Integer entries (counters of BatchNorm, say) are not averaged: the maximum is kept.
-
-        Args:
-            values: name -> array.
-            weight: of all of them, but for
-            rows: name -> weights of the rows of that array, float64 [rows].
-        """
-        rows = rows or {}
-        floating = {k: v for k, v in values.items() if v.dtype.kind in "fc"}
-        return cls(
-            arrays={
-                k: np.multiply(v, _per_row(rows[k], v) if k in rows else weight, dtype=np.float64)
-                for k, v in floating.items()
-            },
-            weight=float(weight),
-            largest={k: v for k, v in values.items() if k not in floating},
-            rows={k: np.array(v) for k, v in rows.items()},
-        )
-
-    def add(self, other: WeightedSum) -> WeightedSum:
-        """`self + other`, into the buffers of `self` (both are given up by the caller)."""
-        for name, values in other.arrays.items():
-            self.arrays[name] += values
-        self.weight += other.weight
-        self.largest = {k: np.maximum(v, other.largest[k]) for k, v in self.largest.items()}
-        for name, weights in other.rows.items():
-            self.rows[name] += weights
-        return self
-
-    def mean(
-        self, dtypes: Mapping[str, str], old: Mapping[str, NDArray[Any]] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """The weighted mean, cast once to the given dtypes, in their order.
-
-        Args:
-            dtypes: name -> dtype.
-            old: where rows have weights of their own: what a row without any weight stays at.
-        """
-        old = old or {}
-        return {name: self._mean(name, old).astype(dtype) for name, dtype in dtypes.items()}
-
-    def _mean(self, name: str, old: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        if name in self.largest:
-            return self.largest[name]
-        total = self.arrays[name]
-        if name not in self.rows:
-            return np.asarray(total / self.weight)
-        weights = _per_row(self.rows[name], total)
-        return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name])
-
-
-def _per_row(weights: NDArray[Any], array: NDArray[Any]) -> NDArray[Any]:
-    """Weights [rows] in the shape that multiplies the rows of an array."""
-    return weights.reshape(-1, *[1] * (array.ndim - 1))
-
-
-class TreeSum:
-    """Adds leaves in order of position along the fixed binary tree, holding O(log n) partial sums."""
-
-    def __init__(self) -> None:
-        self._stack: list[tuple[int, WeightedSum | None]] = []
-
-    def push(self, leaf: WeightedSum | None, level: int = 0) -> None:
-        """Add the next subtree of 2^level positions (None: nothing there)."""
-        while self._stack and self._stack[-1][0] == level:
-            leaf = _plus(self._stack.pop()[1], leaf)
-            level += 1
-        self._stack.append((level, leaf))
-
-    def total(self) -> WeightedSum | None:
-        """The sum of everything pushed."""
-        result: WeightedSum | None = None
-        while self._stack:
-            result = _plus(self._stack.pop()[1], result)
-        return result
-
-
-def _plus(left: WeightedSum | None, right: WeightedSum | None) -> WeightedSum | None:
-    if left is None or right is None:
-        return left if right is None else right
-    return left.add(right)
-
-
-def weighted_metrics(replies: Sequence[MetricRecord]) -> MetricRecord:
+def weighted_metrics(replies: Sequence[Mapping[str, Any]]) -> MetricRecord:
     """Example-weighted mean of every metric that all replies have; `num-examples` is summed.
 
     Lists are averaged element by element; a metric whose lists differ in length is left out.
     """
-    weights = np.array([float(m[messages.EXAMPLES]) for m in replies])  # type: ignore[arg-type]
+    weights = np.array([float(m[messages.EXAMPLES]) for m in replies])
     total = float(weights.sum())
     if total == 0:
         weights, total = np.ones(len(replies)), float(len(replies))
@@ -144,7 +39,7 @@ def weighted_metrics(replies: Sequence[MetricRecord]) -> MetricRecord:
             continue
         stacked = np.array([m[key] for m in replies], dtype=np.float64)
         found[key] = (np.tensordot(weights, stacked, axes=1) / total).tolist()
-    found[messages.EXAMPLES] = round(sum(float(m[messages.EXAMPLES]) for m in replies))  # type: ignore[arg-type, misc]
+    found[messages.EXAMPLES] = round(sum(float(m[messages.EXAMPLES]) for m in replies))
     return MetricRecord(found)
 
 
@@ -163,6 +58,8 @@ class WeightedAverage(Strategy):
         weighting: `examples` weighs a client by the samples it trained on, `uniform` by one.
     """
 
+    #: what an engine may do with the replies on their way here: sum them up (None: nothing)
+    reduction: ClassVar[Literal["weighted-mean"] | None] = "weighted-mean"
     #: attributes that live within one round only and are not part of a checkpoint
     transient: ClassVar[tuple[str, ...]] = ("_round",)
     #: sections of the experiment file this strategy brings along; the file's own keys win
@@ -174,7 +71,7 @@ class WeightedAverage(Strategy):
         min_clients: Count = 1,
         min_replies: Count = 1,
         fraction_evaluate: Fraction = 1.0,
-        weighting: Literal["examples", "uniform"] = "examples",
+        weighting: Weighting = "examples",
     ) -> None:
         self.fraction = fraction
         self.min_clients = min_clients
@@ -183,6 +80,13 @@ class WeightedAverage(Strategy):
         self.weighting = weighting
         self._round: _Round | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A method that looks at single replies must get them: it loses `reduction` unless it says so."""
+        super().__init_subclass__(**options)
+        looks = {"weight", "combine", "aggregate_train"} & set(vars(cls))
+        if looks and "reduction" not in vars(cls):
+            cls.reduction = None
+
     # ---------------------------------------------------------------- what a method overrides
 
     def client_config(self, server_round: int, client: int) -> Mapping[str, Any]:
@@ -190,8 +94,8 @@ class WeightedAverage(Strategy):
         return {}
 
     def weight(self, client: int, metrics: MetricRecord) -> float:
-        """Weight of one reply in the mean."""
-        return float(metrics[messages.EXAMPLES]) if self.weighting == "examples" else 1.0  # type: ignore[arg-type]
+        """Weight of one reply in the mean (an engine that folds uses `weighting` instead)."""
+        return messages.weight_of(metrics, self.weighting)
 
     def row_weights(self, client: int, metrics: MetricRecord) -> dict[str, NDArray[Any]]:
         """Weights of the rows of arrays whose rows belong to classes, float64 [rows]: the client's weight,
@@ -216,15 +120,12 @@ class WeightedAverage(Strategy):
             like: the arrays sent out, for names, order and dtypes.
         """
         position = {client: i for i, client in enumerate(self._current().cohort)}
-        tree, at = TreeSum(), 0
+        tree = TreeSum()
         rows = self._rows(replies, like)
         for (client, message), own in zip(replies, rows, strict=True):
-            for _ in range(position[client] - at):
-                tree.push(None)
-            at = position[client] + 1
             weight = self.weight(client, _metrics(message))
             values = messages.views_of(_arrays(message))
-            tree.push(WeightedSum.of(values, weight, own) if weight > 0 else None)
+            tree.add(WeightedSum.of(values, weight, own) if weight > 0 else None, position[client])
         total = tree.total()
         if total is None:
             return None
@@ -251,6 +152,9 @@ class WeightedAverage(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check replies, average the good ones, name the others in `self.refused`."""
         current = self._current()
+        folded = getattr(replies, "folded", None)
+        if folded is not None:
+            return self._adopt(server_round, folded)
         good = self._valid(replies, messages.shapes_of(current.arrays), server_round)
         values = self.combine(server_round, good, current.arrays)
         metrics = weighted_metrics([_metrics(message) for _, message in good])
@@ -277,6 +181,27 @@ class WeightedAverage(Strategy):
                 count = like[name].shape[0]
                 own[name] = np.full(count, self.weight(client, _metrics(message)) / count)
         return found
+
+    def _adopt(
+        self, server_round: int, folded: messages.Folded
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The mean of a round that the engine summed up; it applied the checks of `_valid`."""
+        current = self._current()
+        current.refused = dict(folded.refused)
+        self._require(server_round, folded.metrics)
+        metrics = weighted_metrics(list(folded.metrics.values()))
+        if folded.total is None:
+            return None, metrics
+        dtypes = {name: array.dtype for name, array in current.arrays.items()}
+        return messages.arrays_of(folded.total.mean(dtypes)), metrics
+
+    def _require(self, server_round: int, good: Collection[int]) -> None:
+        """End the run when too few clients (`good`) sent something usable."""
+        if len(good) >= self.min_replies:
+            return
+        refused = self.refused
+        silent = sorted(set(self._current().cohort) - set(good) - set(refused))
+        raise NotEnoughReplies(_too_few(server_round, len(good), self.min_replies, refused, silent))
 
     def _configure(
         self,
@@ -326,9 +251,7 @@ class WeightedAverage(Strategy):
             else:
                 refused[client] = reason
         current.refused = refused
-        if len(good) < self.min_replies:
-            silent = sorted(set(current.cohort) - {c for c, _ in good} - set(refused))
-            raise NotEnoughReplies(_too_few(server_round, len(good), self.min_replies, refused, silent))
+        self._require(server_round, [client for client, _ in good])
         return good
 
     @property
@@ -340,6 +263,13 @@ class WeightedAverage(Strategy):
         if self._round is None:
             raise UserError("aggregate_train was called before configure_train")
         return self._round
+
+
+def weighting_of(strategy: Strategy) -> Weighting | None:
+    """How an engine may sum up the strategy's train replies; None: it must hand over every one of them."""
+    if isinstance(strategy, WeightedAverage) and strategy.reduction == "weighted-mean":
+        return strategy.weighting
+    return None
 
 
 @dataclass

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedsim._flwr import LazyArray, numpy_view
 from fedsim.errors import UserError
+from fedsim.sums import WeightedSum, Weighting
 
 # message types
 TRAIN = "train"
@@ -99,6 +100,32 @@ def reply(
     return Message(content, reply_to=message)
 
 
+@dataclass
+class Folded:
+    """What an engine made of the train replies of one round instead of handing them over.
+
+    Attributes:
+        total: Σ weight·arrays and Σ weight of the good replies (None: none weighs anything).
+        metrics: metrics of the good replies by client, in order of client.
+        refused: clients whose reply is not in the sum, and why.
+    """
+
+    total: WeightedSum | None
+    metrics: dict[int, Mapping[str, Any]]
+    refused: dict[int, str]
+
+
+class Replies(list[Message]):
+    """Replies of one exchange, in order of their instructions; of a folded one, those that were refused."""
+
+    folded: Folded | None = None
+
+    @property
+    def answered(self) -> int:
+        """Number of clients that answered."""
+        return len(self) + (len(self.folded.metrics) if self.folded is not None else 0)
+
+
 class Roster(Protocol):
     """Which node is which client. Our grids have one (`grid.roster`)."""
 
@@ -165,6 +192,11 @@ def sample_clients(
     return [available[i] for i in sorted(chosen.tolist())]
 
 
+def weight_of(metrics: Mapping[str, Any], weighting: Weighting) -> float:
+    """Weight of a reply in a mean: its number of examples, or one."""
+    return float(metrics[EXAMPLES]) if weighting == "examples" else 1.0
+
+
 def complaint(message: Message, like: Mapping[str, tuple[tuple[int, ...], str]] | None) -> str | None:
     """Why a reply cannot be used, in words; None when it can.
 
@@ -211,7 +243,10 @@ def _array_complaint(arrays: object, like: Mapping[str, tuple[tuple[int, ...], s
         array = arrays[name]
         if tuple(array.shape) != shape or array.dtype != dtype:
             return f"'{name}' is {array.dtype}{tuple(array.shape)}, expected {dtype}{shape}"
-        values = numpy_view(array)
+        try:
+            values = numpy_view(array)
+        except (TypeError, ValueError) as error:
+            return f"'{name}' cannot be read: {error}"
         if tuple(values.shape) != shape:
             return f"'{name}' says shape {shape} but holds {tuple(values.shape)}"
         if values.dtype.kind == "f" and not np.isfinite(values).all():

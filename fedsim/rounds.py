@@ -21,10 +21,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy import Strategy
 
 from fedsim import messages, payload
+from fedsim.averaging import weighting_of
 from fedsim.checkpoints import Unstorable
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.hooks import Hook, Round
+from fedsim.messages import Replies
 from fedsim.runs import Run
 from fedsim.strategy_state import require_clients, restore, state_of
 from fedsim.task import Task
@@ -73,6 +75,8 @@ class Loop:
         self.hooks = hooks
         self.experiment = task.experiment
         self.who = grid.roster
+        if isinstance(grid, BaseGrid):
+            grid.work = task.data.partition.sizes().tolist()
         self.resumable = True
         evaluation = self.experiment.settings["evaluation"]
         where = evaluation["where"]
@@ -123,7 +127,7 @@ class Loop:
             )
         replies = self._exchange("train", number, out, progress)
         failed = {self._who(m): m.error.reason or "" for m in replies if m.has_error()}
-        if len(failed) == len(replies):
+        if len(failed) == replies.answered:
             reason = next(iter(failed.values()), None) or "no reply arrived in time"
             said = f"round {number}: no client could train; the first says: {_first_line(reason)}"
             raise NotEnoughReplies(said) from RuntimeError(reason)  # --debug shows the client's traceback
@@ -133,7 +137,7 @@ class Loop:
         refused = dict(getattr(self.strategy, "refused", failed))
         for client, reason in refused.items():
             self._tell("notice", f"round {number}: reply of client {client} not used: {_first_line(reason)}")
-        record = Round(number, clients=len(replies) - len(refused), refused=len(refused))
+        record = Round(number, clients=replies.answered - len(refused), refused=len(refused))
         for key, value in (metrics or {}).items():
             if key == "loss":
                 record.train_loss = float(value)  # type: ignore[arg-type]
@@ -196,7 +200,7 @@ class Loop:
             found[f"{key}_worst"] = float(values.min() if key == "accuracy" else values.max())
         return found
 
-    def _exchange(self, phase: str, number: int, out: Sequence[Message], progress: Progress) -> list[Message]:
+    def _exchange(self, phase: str, number: int, out: Sequence[Message], progress: Progress) -> Replies:
         """Send messages, count their bytes, tell the hooks of every reply as it arrives."""
         self._tell("sent", number, phase, len(out))
         sizes: dict[int, int] = {}
@@ -212,8 +216,13 @@ class Loop:
             self._tell("reply", number, phase, self._who(message), message)
 
         self.grid.on_reply = arrived
+        if isinstance(self.grid, BaseGrid):
+            # rows with weights of their own are the one mean that an engine cannot take
+            folds = phase == messages.TRAIN and not self.task.model.class_rows
+            self.grid.folding = weighting_of(self.strategy) if folds else None
         try:
-            return list(self.grid.send_and_receive(out))
+            received = self.grid.send_and_receive(out)
+            return received if isinstance(received, Replies) else Replies(received)
         finally:
             self.grid.on_reply = None
 

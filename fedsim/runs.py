@@ -252,7 +252,8 @@ class FolderHook(Hook):
     def __init__(self, run: Run, half: frozenset[str] = frozenset()) -> None:
         self.run = run
         self.half = half
-        self._clients: list[dict[str, Any]] = []
+        #: sort keys and finished line of every reply of the round: a line is a third of a dict
+        self._clients: list[tuple[bool, int, int, str]] = []
         self._board: Any = None
 
     def start(self, experiment: Experiment, first_round: int) -> None:
@@ -270,13 +271,13 @@ class FolderHook(Hook):
             own["bytes_up"] = messages.nbytes(message.content, self.half)
             for record in message.content.metric_records.values():
                 said.update(record.items())
-        self._clients.append({**own, **{k: v for k, v in said.items() if k not in own}})
+        row = {**own, **{k: v for k, v in said.items() if k not in own}}
+        self._clients.append((phase == "evaluate", client, len(self._clients), _line(row)))
 
     def round(self, result: Round) -> None:
-        _append(self.run.folder / "clients.jsonl", self._clients)
-        self._clients = []
+        self._write_clients()
         row = result.row()
-        _append(self.run.folder / "metrics.jsonl", [row])
+        _append(self.run.folder / "metrics.jsonl", [_line(row)])
         for name, value in row.items():
             if name != "round" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, result.number)
@@ -284,15 +285,24 @@ class FolderHook(Hook):
 
     def close(self) -> None:
         # replies of a round that was cut off: their errors say why
-        _append(self.run.folder / "clients.jsonl", self._clients)
-        self._clients = []
+        self._write_clients()
         if self._board is not None:
             self._board.close()
 
+    def _write_clients(self) -> None:
+        """In order of phase and client, in whatever order they answered."""
+        self._clients.sort()
+        _append(self.run.folder / "clients.jsonl", [line for *_, line in self._clients])
+        self._clients = []
 
-def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+
+def _append(path: Path, lines: Iterable[str]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(_finite(row)) + "\n" for row in rows))
+        file.writelines(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row)) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -6,9 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, FedMedian
 
-from fedsim.averaging import TreeSum, WeightedAverage, WeightedSum
+from fedsim.averaging import WeightedAverage, weighting_of
 from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.sums import TreeSum, WeightedSum
 from fedsim.testing import play
 
 
@@ -18,8 +20,8 @@ def leaf(rng: np.random.Generator) -> WeightedSum:
 
 def tree(leaves: list[WeightedSum | None]) -> WeightedSum | None:
     total = TreeSum()
-    for item in leaves:
-        total.push(item)
+    for position, item in enumerate(leaves):
+        total.add(item, position)
     return total.total()
 
 
@@ -36,9 +38,8 @@ def test_sums_over_aligned_blocks_give_the_same_bits(count: int, level: int) -> 
 
     whole = tree(leaves())
     blocks, size = TreeSum(), 2**level
-    for start in range(0, count, size):
-        part = leaves()[start : start + size]
-        blocks.push(tree(part + [None] * (size - len(part))), level)
+    for start in sorted(range(0, count, size), key=lambda start: -start % 3):  # whichever comes first
+        blocks.add(tree(leaves()[start : start + size]), start // size, level)
     folded = blocks.total()
     assert whole is not None
     assert folded is not None
@@ -223,9 +224,8 @@ def test_row_weights_sum_over_blocks_like_everything_else() -> None:
         ]
 
     whole, blocks = tree([*leaves()]), TreeSum()
-    for start in range(0, 8, 2):
-        part: list[WeightedSum | None] = [*leaves()[start : start + 2]]
-        blocks.push(tree(part + [None] * (2 - len(part))), 1)
+    for index in range(4):
+        blocks.add(tree([*leaves()[2 * index : 2 * index + 2]]), index, 1)
     folded = blocks.total()
     assert whole is not None
     assert folded is not None
@@ -252,3 +252,25 @@ def test_a_client_that_says_nothing_of_rows_weighs_them_alike() -> None:
 
     played = play(WeightedAverage(), {"w": np.zeros((2, 1), np.float32)}, answer, clients=2)
     np.testing.assert_allclose(played.arrays["w"][:, 0], [2 / 3, 0])
+
+
+def test_only_strategies_that_declare_it_are_folded() -> None:
+    """Whoever looks at single replies gets them; Flower's strategies, which subclass FedAvg, always do."""
+
+    class Plain(WeightedAverage):
+        pass
+
+    class Trimmed(WeightedAverage):
+        def combine(self, server_round, replies, like):  # type: ignore[no-untyped-def]
+            return super().combine(server_round, replies[1:], like)
+
+    class Weighed(WeightedAverage):
+        def weight(self, client, metrics):  # type: ignore[no-untyped-def]
+            return client + 1.0
+
+    wrapped = DifferentialPrivacyServerSideFixedClipping(
+        WeightedAverage(), noise_multiplier=0.0, clipping_norm=1.0, num_sampled_clients=2
+    )
+    assert weighting_of(Plain(weighting="uniform")) == "uniform"
+    others = (Trimmed(), Weighed(), type("Grandchild", (Trimmed,), {})(), FedAvg(), FedMedian(), wrapped)
+    assert [weighting_of(strategy) for strategy in others] == [None] * 6

@@ -2,8 +2,8 @@
 
 Node ids are a function of the partition id (`node = FIRST_NODE + partition`), so the same seed gives the
 same cohorts on every engine, and all nodes exist before the server app starts. An engine implements
-`_execute`: run some messages, yield their replies. Everything else, down to seeding and error replies,
-is here.
+`_execute`: run the messages of an exchange and hand their replies to it. Everything else, down to
+seeding and error replies, is here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,10 +22,13 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim import _flwr, messages
+from fedsim.engine.folding import Fold, Left, fold_of
+from fedsim.messages import Folded, Replies
+from fedsim.sums import TreeSum, Weighting
 
 FIRST_NODE = 1000
 #: seconds after which an unanswered round ends, as in Flower
@@ -56,6 +59,76 @@ class FixedRoster:
         return client
 
 
+class Exchange:
+    """The instructions of one send and what has come back so far.
+
+    Args:
+        accepted: instructions in order of position.
+        fold: how to sum the replies; None keeps them.
+        roster: who is who.
+        on_reply: called with every reply (of a folded one: with what is left of it).
+    """
+
+    def __init__(
+        self,
+        accepted: Sequence[Message],
+        fold: Fold | None,
+        roster: FixedRoster,
+        on_reply: Callable[[Message], None] | None,
+    ) -> None:
+        self.accepted = accepted
+        self.fold = fold
+        self.sum = TreeSum()
+        self._on_reply = on_reply
+        self._roster = roster
+        self._replies: dict[int, Message] = {}
+        self._metrics: dict[int, Mapping[str, Any]] = {}
+        self._refused: dict[int, str] = {}
+        self._shapes: RecordDict | None = None  #: hollow arrays, the same for all good replies
+
+    def client(self, position: int) -> int:
+        """Partition id that the instruction at a position is for."""
+        return self._roster.client(self.accepted[position].metadata.dst_node_id)
+
+    def take(self, position: int, reply: Message) -> None:
+        """A whole reply, where nothing is folded."""
+        self._replies[position] = reply
+        if self._on_reply is not None:
+            self._on_reply(reply)
+
+    def take_left(self, left: Left) -> None:
+        """What is left of a reply, where they are folded."""
+        if left.metrics is not None:
+            self._metrics[left.position] = left.metrics
+        if left.reply is not None and left.reason is not None:
+            self._refused[self.client(left.position)] = left.reason
+            self._replies[left.position] = left.reply
+        if self._on_reply is not None:
+            self._on_reply(self._usual(left) if left.reply is None else left.reply)
+
+    def take_failed(self, position: int, reply: Message) -> None:
+        """An error reply in a client's stead, where replies are folded."""
+        reason = messages.complaint(reply, None)
+        self.take_left(Left(position, None, reply, reason))
+
+    def result(self) -> Replies:
+        """Everything that came, in order of the instructions."""
+        replies = Replies(self._replies[position] for position in sorted(self._replies))
+        if self.fold is not None:
+            metrics = {self.client(position): self._metrics[position] for position in sorted(self._metrics)}
+            replies.folded = Folded(self.sum.total(), metrics, self._refused)
+        return replies
+
+    def _usual(self, left: Left) -> Message:
+        """The hollow form of a reply that is nothing but metrics and the arrays that were asked for."""
+        sent = self.accepted[left.position]
+        if self._shapes is None:
+            self._shapes = _flwr.hollow(RecordDict({messages.ARRAYS: sent.content[messages.ARRAYS]}))
+        content = RecordDict(dict(self._shapes))
+        content[messages.METRICS] = MetricRecord(left.metrics)
+        return Message(content, reply_to=sent)
+
+
 class BaseGrid(_flwr.BareGrid):
     """A Grid over `num_clients` simulated clients of one ClientApp.
 
@@ -77,6 +150,10 @@ class BaseGrid(_flwr.BareGrid):
         self.states: dict[int, RecordDict] = {}
         #: called with every reply as it arrives
         self.on_reply: Callable[[Message], None] | None = None
+        #: train replies may be summed up with these weights instead of being kept (None: not)
+        self.folding: Weighting | None = None
+        #: how much work each client has, by partition id (its samples, say); None: all the same
+        self.work: Sequence[float] | None = None
         self._run = _flwr.Run.create_empty(run_id=1)
         self._ids = count(1)
         self._sends = 0
@@ -105,22 +182,28 @@ class BaseGrid(_flwr.BareGrid):
             ids.append(message.metadata.message_id)
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> Replies:
         """Execute accepted messages and return their replies, each once."""
         wanted = [self._pending.pop(i) for i in message_ids if i in self._pending]
         return self._replies(wanted, None)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Run messages and return their replies; after `timeout` seconds the missing ones are left out."""
         return self._replies(self._accept(messages), timeout)
 
     # ------------------------------------------------------------------------ for engines
 
     @abstractmethod
-    def _execute(self, accepted: list[Message], deadline: float | None) -> Iterator[Message]:
-        """Run messages, yield replies in any order; stop at the deadline (`time.monotonic`)."""
+    def _execute(self, exchange: Exchange, deadline: float | None) -> None:
+        """Run the instructions and hand over their replies, in any order; stop at the deadline.
+
+        Args:
+            exchange: the instructions; `exchange.sum` gets the sums of a folded one.
+            deadline: on `time.monotonic`'s clock, or None.
+        """
+
+    def close(self) -> None:
+        """Give back whatever runs the clients; the grid is not used afterwards."""
 
     def _accept(self, outgoing: Iterable[Message]) -> list[Message]:
         accepted = []
@@ -131,26 +214,35 @@ class BaseGrid(_flwr.BareGrid):
         self._sends += 1
         return accepted
 
-    def _replies(self, accepted: list[Message], timeout: float | None) -> list[Message]:
+    def _replies(self, accepted: list[Message], timeout: float | None) -> Replies:
         deadline = None if timeout is None else time.monotonic() + timeout
-        replies = []
-        for answer in self._execute(accepted, deadline):
-            replies.append(answer)
-            if self.on_reply is not None:
-                self.on_reply(answer)
-        return replies
+        exchange = Exchange(accepted, fold_of(accepted, self.folding), self.roster, self.on_reply)
+        self._execute(exchange, deadline)
+        return exchange.result()
+
+    def keep(self, client: int, state: RecordDict) -> None:
+        """Remember the state that a client left behind."""
+        if is_empty(state):
+            self.states.pop(client, None)
+        else:
+            self.states[client] = state
 
     def seed_of(self, message: Message) -> int:
         """Seed of one message from (run seed, round, kind, client), the same on every engine."""
+        return self.seed_for(message, self.round_of(message.content))
+
+    def round_of(self, content: RecordDict) -> Any:
+        """The round that a content says it belongs to, or the number of this send."""
         server_round: Any = self._sends
-        for record in message.content.config_records.values():
+        for record in content.config_records.values():
             server_round = record.get(messages.ROUND, server_round)
-        return derive_seed(
-            self.seed,
-            server_round,
-            message.metadata.message_type,
-            self.roster.client(message.metadata.dst_node_id),
-        )
+        return server_round
+
+    def seed_for(self, message: Message, server_round: Any) -> int:
+        """Seed of a message of a round that is known."""
+        metadata = message.metadata
+        client = self.roster.client(metadata.dst_node_id)
+        return derive_seed(self.seed, server_round, metadata.message_type, client)
 
 
 def derive_seed(*parts: object) -> int:
@@ -220,7 +312,7 @@ def answer(
         reply = client_app(delivered, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         reason = f"client {client}: {type(error).__name__}: {error}\n{trace}"
         code = _flwr.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -229,7 +321,7 @@ def answer(
     return reply, context.state
 
 
-def _release_gpu(error: Exception) -> None:
+def _release_gpu(error: BaseException) -> None:
     """After a GPU ran out of memory, give back what torch keeps cached: the next client needs it."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):

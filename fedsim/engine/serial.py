@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedsim.engine.grid import BaseGrid, answer, generators_restored, is_empty, seed_everything
+from fedsim.engine.folding import Folder
+from fedsim.engine.grid import BaseGrid, Exchange, answer, generators_restored, seed_everything
 from fedsim.ranges import Count
 
 
@@ -35,11 +35,12 @@ class SerialGrid(BaseGrid):
         super().__init__(client_app, num_clients, seed, run_config)
         self.threads = threads
 
-    def _execute(self, accepted: list[Message], deadline: float | None) -> Iterator[Message]:
-        for message in accepted:
+    def _execute(self, exchange: Exchange, deadline: float | None) -> None:
+        folder = None if exchange.fold is None else Folder(exchange.fold, exchange.sum)
+        for position, message in enumerate(exchange.accepted):
             if deadline is not None and time.monotonic() > deadline:
                 return
-            client = self.roster.client(message.metadata.dst_node_id)
+            client = exchange.client(position)
             with process_restored(self.threads):
                 seed_everything(self.seed_of(message))
                 reply, state = answer(
@@ -50,11 +51,11 @@ class SerialGrid(BaseGrid):
                     self.states.get(client),
                     self.run_config,
                 )
-            if is_empty(state):
-                self.states.pop(client, None)
+            self.keep(client, state)
+            if folder is None:
+                exchange.take(position, reply)
             else:
-                self.states[client] = state
-            yield reply
+                exchange.take_left(folder.add(position, reply))
 
 
 @contextmanager

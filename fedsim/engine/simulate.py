@@ -58,9 +58,11 @@ def simulate(
             raise UserError(f"engine '{engine}' has no option '{key}': {nearest(key, known)}")
     if not _running.acquire(blocking=False):
         raise UserError("a simulation is already running in this process; start the second one in its own")
+    grid: BaseGrid | None = None
     try:
         run_id = 1 + derive_seed("run", seed, os.getpid()) % (2**31)
-        grid: BaseGrid = resolved.target(client_app, num_clients, seed, run_config, **engine_options)
+        grid = resolved.target(client_app, num_clients, seed, run_config, **engine_options)
+        assert grid is not None
         grid.set_run(_flwr.Run.create_empty(run_id))
         if prepare is not None:
             prepare(grid)
@@ -70,4 +72,6 @@ def simulate(
             server_app(grid, context)
         return context
     finally:
+        if grid is not None:
+            grid.close()
         _running.release()

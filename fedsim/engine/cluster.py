@@ -1,0 +1,109 @@
+"""Ray as we need it: quiet, on this machine unless an address is given, and no worker that cannot run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from math import floor
+from typing import Any
+
+import ray
+
+from fedsim.errors import UserError
+
+#: node id and CPUs of the instance that this process started
+_own: tuple[str, int] | None = None
+
+
+def connect(address: str | None, cpus: int) -> None:
+    """Join the Ray instance of this process, or start one, or join a cluster.
+
+    An instance that this process started stays for its later simulations and ends with the process.
+
+    Args:
+        address: None for this machine, else what `ray.init` takes (`"auto"`, `"10.0.0.1:6379"`).
+        cpus: CPUs that an instance on this machine must offer.
+
+    Raises:
+        UserError: there is no cluster at the address, or Ray does not start.
+    """
+    global _own  # noqa: PLW0603 (the process has one Ray)
+    if ray.is_initialized():
+        if _own is None or _own[0] != here() or _own[1] >= cpus:
+            return
+        ray.shutdown()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": max(cpus, cores())}
+    else:
+        options |= {"address": address}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(**options)
+    except ConnectionError as error:
+        raise UserError(
+            f"engine.address = '{address}': no Ray cluster answers there; start one with "
+            "'ray start --head' or leave engine.address out"
+        ) from error
+    except Exception as error:  # Ray's own class is the bare Exception: it gives itself 30 seconds
+        raise UserError(
+            f"Ray did not start ({error}); try again when the machine is less busy, or use the serial engine"
+        ) from error
+    _own = (here(), options["num_cpus"]) if address is None else None
+
+
+def here() -> str:
+    """Id of the node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def room(threads: int, gpu_fraction: float) -> int:
+    """How many workers fit on the nodes that are alive.
+
+    A share of a GPU must fit on *one* GPU: two GPUs hold four workers of 0.4, not five.
+
+    Args:
+        threads: CPUs of a worker (of a worker without a GPU).
+        gpu_fraction: its share of a GPU, or 0.
+    """
+    total = 0
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        has = node["Resources"]
+        if gpu_fraction > 0:
+            total += int(has.get("GPU", 0)) * floor(1 / gpu_fraction + 1e-9)
+        else:
+            total += int(has.get("CPU", 0)) // threads
+    return total
+
+
+def resources(threads: int, gpu_fraction: float) -> dict[str, float]:
+    """What Ray sets aside for one worker."""
+    return {"num_cpus": 0, "num_gpus": gpu_fraction} if gpu_fraction > 0 else {"num_cpus": threads}
+
+
+def size(workers: int | None, threads: int, gpu_fraction: float) -> int:
+    """Number of workers: as asked, or as many as fit.
+
+    Raises:
+        UserError: more than fit, or none.
+    """
+    fit = room(threads, gpu_fraction)
+    if fit == 0:
+        what = "GPU" if gpu_fraction > 0 else f"node with {threads} CPUs"
+        key = "engine.gpu_fraction = 0" if gpu_fraction > 0 else "a smaller engine.threads"
+        raise UserError(f"Ray has no {what} for a worker; set {key}")
+    if workers is not None and workers > fit:
+        per = f"engine.gpu_fraction = {gpu_fraction}" if gpu_fraction > 0 else f"engine.threads = {threads}"
+        raise UserError(
+            f"engine.workers = {workers}, but with {per} only {fit} fit on Ray's nodes; lower one of them"
+        )
+    return fit if workers is None else workers

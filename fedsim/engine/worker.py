@@ -1,0 +1,214 @@
+"""A worker: one process that keeps the client app and answers blocks of messages.
+
+It holds no state of clients: what a client keeps comes with its block and goes back with the result, so a
+worker can be replaced at any moment and its block replayed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray.cloudpickle
+from flwr.app import ArrayRecord, Message, RecordDict
+
+from fedsim import _flwr
+from fedsim.engine import objects
+from fedsim.engine.folding import Fold, Folder, Left
+from fedsim.engine.grid import answer, is_empty, seed_everything
+from fedsim.sums import WeightedSum
+
+#: a hanging client is ended after its timeout and at most this share of it more
+_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every worker is started with.
+
+    Args:
+        app: the client app, pickled by value where it cannot be imported.
+        num_clients: number of nodes.
+        run_config: what clients find in `context.run_config`.
+        path: entries of the driver's `sys.path`; those that are missing here are appended.
+        folder: the driver's current folder; workers go there if they have it.
+        environment: variables of fedsim.
+        threads: torch threads.
+        timeout: seconds after which a client counts as hanging.
+        memory: GiB that a client may allocate beyond what the idle worker has, or None.
+        hide_gpus: the worker has no share of any GPU.
+        torch: import torch before the first client.
+    """
+
+    app: bytes
+    num_clients: int
+    run_config: dict[str, Any]
+    path: tuple[str, ...]
+    folder: str
+    environment: Mapping[str, str]
+    threads: int
+    timeout: float
+    memory: float | None
+    hide_gpus: bool
+    torch: bool
+
+
+class Item(NamedTuple):
+    """One instruction of a block."""
+
+    position: int
+    client: int
+    seed: int
+    content: int  #: number of its template
+    metadata: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One call: the instructions of a block, with everything that the worker needs but the parcels."""
+
+    items: Sequence[Item]
+    templates: Mapping[int, objects.Template]
+    parcels: Sequence[int]  #: numbers of the parcels that come as arguments
+    small: Mapping[int, objects.Parcel]  #: parcels that are not worth an object of their own
+    states: Mapping[int, RecordDict]
+    fold: Fold | None
+
+
+@dataclass
+class Report:
+    """What a call gives back."""
+
+    replies: list[tuple[int, Message]] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)  #: of a folded block
+    total: WeightedSum | None = None
+    states: dict[int, RecordDict] = field(default_factory=dict)  #: of clients that had or have any
+
+
+class Worker:
+    """The body of the Ray actor."""
+
+    def __init__(self) -> None:
+        self._born = time.time()
+        self._armed = 0.0
+
+    def equip(self, setup: Setup) -> None:
+        """Get ready for a simulation, the first one or a later one.
+
+        Raises:
+            RuntimeError: a module that this process imported has been edited since.
+        """
+        if edited := _edited_since(self._born):
+            raise RuntimeError(f"{edited} was edited")
+        for name in [name for name in os.environ if name.startswith("FEDSIM_")]:
+            del os.environ[name]
+        os.environ.update(setup.environment)
+        if setup.hide_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if os.path.isdir(setup.folder):
+            os.chdir(setup.folder)
+        sys.path += [entry for entry in setup.path if entry not in sys.path]
+        self.setup = setup
+        if setup.torch:
+            import torch
+
+            torch.set_num_threads(setup.threads)
+        self.app = ray.cloudpickle.loads(setup.app)
+
+    def run(self, order: Order, *parcels: objects.Parcel) -> Report:
+        """Answer the messages of a block, one after the other."""
+        there = {**order.small, **dict(zip(order.parcels, parcels, strict=True))}
+        contents = {number: objects.assemble(t, there) for number, t in order.templates.items()}
+        report = Report()
+        folder = None if order.fold is None else Folder(order.fold, start=order.items[0].position)
+        for item in order.items:
+            message = _flwr.message_of(item.metadata, contents[item.content])
+            state = order.states.get(item.client)
+            reply, after = self._answer(item, message, state)
+            if state is not None or not is_empty(after):
+                report.states[item.client] = _compact(after)
+            if folder is not None:
+                report.left.append(folder.add(item.position, reply))
+            else:
+                report.replies.append((item.position, _sendable(reply)))
+        self._armed = 0.0
+        faulthandler.cancel_dump_traceback_later()
+        if folder is not None:
+            report.total = folder.tree.total()
+        return report
+
+    def _answer(self, item: Item, message: Message, state: RecordDict | None) -> tuple[Message, RecordDict]:
+        setup = self.setup
+        self._watch(setup.timeout)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.get_num_threads() != setup.threads:
+            torch.set_num_threads(setup.threads)
+        seed_everything(item.seed)
+        with limited(setup.memory):
+            return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config)
+
+    def _watch(self, timeout: float) -> None:
+        """End this process if the client that starts now hangs.
+
+        The watchdog is a thread that needs no GIL; arming it costs more than a fast client, so it is
+        armed again only when the slack is used up.
+        """
+        now = time.monotonic()
+        if now - self._armed > _SLACK * timeout:
+            self._armed = now
+            faulthandler.dump_traceback_later((1 + _SLACK) * timeout, exit=True)
+
+
+@contextmanager
+def limited(memory: float | None) -> Iterator[None]:
+    """Let this process allocate at most `memory` GiB more (private memory: shared arrays do not count)."""
+    if memory is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_private_bytes() + int(memory * 2**30), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _private_bytes() -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _edited_since(moment: float) -> str | None:
+    """A module of this process, other than installed ones, whose file is newer than a moment."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if not file or file.startswith((sys.prefix, sys.base_prefix)):
+            continue
+        with suppress(OSError):
+            if os.stat(file).st_mtime > moment:
+                return str(file)
+    return None
+
+
+def _sendable(reply: Message) -> Message:
+    """The reply with its arrays as numpy buffers, which Ray ships out of band."""
+    return _flwr.with_content(reply, _compact(reply.content)) if reply.has_content() else reply
+
+
+def _compact(content: RecordDict) -> RecordDict:
+    out = RecordDict()
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            record = _flwr.array_record({name: _flwr.lazy(array) for name, array in record.items()})
+        out[key] = record
+    return out

@@ -1,0 +1,108 @@
+"""What a run on RayGrid leaves behind when its process ends early: no process, and a run that can go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from fedsim.finish import run_experiment
+from fedsim.runs import Run
+from tests.helpers import tiny
+
+PARTITION = {"name": "iid", "clients": 6, "shots": 4}
+ROUNDS = 40
+
+
+class Driver:
+    """`fedsim run` or `fedsim resume` in a session of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        code = f"import sys; from fedsim.cli import main; sys.argv = {['fedsim', *arguments]!r}; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def others(self) -> list[str]:
+        """Names of the other processes of its session."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                stat = (folder / "stat").read_text()
+            except OSError:
+                continue
+            name, _, rest = stat.partition("(")[2].rpartition(")")
+            fields = rest.split()
+            if int(fields[3]) == self.process.pid != int(folder.name) and fields[0] != "Z":
+                found.append(name)
+        return found
+
+    def wait_for_round(self, folder: Path, number: int) -> None:
+        """Until a checkpoint of that round or a later one is there."""
+        deadline = time.monotonic() + 250
+        while not any(
+            int(p.stem[6:]) >= number for p in (folder / "checkpoints").glob("round-*.safetensors")
+        ):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def gone_within(self, seconds: float, *but: str) -> bool:
+        """True when all processes of the session but some have ended by then."""
+        deadline = time.monotonic() + seconds
+        while any(not name.startswith(but) for name in self.others()) if but else self.others():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_is_interrupted_then_killed_ends_with_the_digest_of_a_quiet_one(tmp_path: Path) -> None:
+    engine = {"name": "ray", "workers": 2}
+    experiment = tiny(
+        f"rounds={ROUNDS}", engine=engine, partition=PARTITION, client={"lr": 0.1, "epochs": 10}
+    )
+    quiet = run_experiment(
+        tiny(f"rounds={ROUNDS}", partition=PARTITION, client={"lr": 0.1, "epochs": 10}),
+        Run.create(experiment, tmp_path / "serial"),
+    )
+    run = Run.create(experiment, tmp_path)
+
+    with Driver("resume", str(run.folder)) as first:
+        first.wait_for_round(run.folder, 2)
+        os.killpg(first.process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+        output = first.process.communicate(timeout=60)[0]
+    assert first.process.returncode == 130, output
+    assert f"interrupted; go on with: fedsim resume {run.folder}" in output
+    assert "ray" not in output.lower()
+    assert first.gone_within(10)
+
+    with Driver("resume", str(run.folder)) as second:
+        second.wait_for_round(run.folder, 4)
+        assert any(name.startswith("ray::Worker") for name in second.others())
+    # Ray's own agents notice after half a minute or more; everything that costs anything is gone at once
+    assert second.gone_within(10, "ray::Dashboard", "ray::RuntimeEnv")
+
+    with Driver("resume", str(run.folder)) as third:
+        output = third.process.communicate(timeout=250)[0]
+    assert third.process.returncode == 0, output
+    assert third.gone_within(10)
+    assert run.summary()["digest"] == quiet.summary["digest"]
