@@ -34,7 +34,6 @@ def noisy_app() -> ClientApp:
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        time.sleep(0.2)
         seen = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "?")}
         metrics = {"calls": counted(context), "pid": os.getpid()}
         return messages.reply(message, metrics=metrics, config=seen)
@@ -111,3 +110,19 @@ FAULTS: dict[str, Any] = {
     "absurd size": lambda v, f: dict.fromkeys(v, np.zeros(10**7)),
     "out of memory": _exhaust,
 }
+
+
+def meeting_app(folder: str, workers: int) -> ClientApp:
+    """Clients that wait (a minute at most) until as many workers are at work at the same time."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        Path(folder, str(os.getpid())).touch()
+        until = time.monotonic() + 60
+        while len(os.listdir(folder)) < workers and time.monotonic() < until:
+            time.sleep(0.02)
+        seen = {"devices": os.environ.get("CUDA_VISIBLE_DEVICES", "?")}
+        return messages.reply(message, metrics={"pid": os.getpid()}, config=seen)
+
+    return app

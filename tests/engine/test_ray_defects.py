@@ -18,7 +18,7 @@ from fedsim.averaging import WeightedAverage
 from fedsim.engine.simulate import simulate
 from fedsim.errors import UserError
 from fedsim.testing import toy_client_app
-from tests.engine.ray_apps import faulty_app, noisy_app
+from tests.engine.ray_apps import faulty_app, meeting_app, noisy_app
 from tests.engine.test_ray import rounds
 from tests.helpers import run, tiny
 
@@ -53,11 +53,11 @@ def test_a_dead_worker_is_replaced_and_later_rounds_are_whole(tmp_path: Path) ->
     assert sum(bool(values) for _, values, _ in found.seen) == 22
 
 
-def test_a_share_of_a_gpu_must_fit_on_one_gpu_and_a_client_sees_one_device() -> None:
+def test_a_share_of_a_gpu_must_fit_on_one_gpu_and_a_client_sees_one_device(tmp_path: Path) -> None:
     """Flower makes five actors of 0.4 out of two GPUs; the fifth never starts and its messages wait."""
-    first, second = ask(noisy_app(), list(range(12)), 2, gpu_fraction=0.4)
-    assert len(set(metric(first, "pid") + metric(second, "pid"))) == 4
-    devices = [reply.content["config"]["devices"] for reply in first + second]
+    (replies,) = ask(meeting_app(str(tmp_path), 4), list(range(48)), gpu_fraction=0.4)
+    assert len(set(metric(replies, "pid"))) == 4
+    devices = [reply.content["config"]["devices"] for reply in replies]
     assert set(devices) == {"0", "1"}
     with pytest.raises(UserError, match="only 4 fit"):
         ask(noisy_app(), [0], gpu_fraction=0.4, workers=5)
@@ -73,10 +73,12 @@ def test_the_first_round_has_its_whole_cohort() -> None:
     assert len(found.seen) == 1000
 
 
-def test_all_workers_work_at_once_however_few_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_workers_work_at_once_however_few_cores_there_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Flower keeps at most cores + 4 messages under way (here: pretend that there is one core)."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    _, replies = ask(noisy_app(), list(range(48)), 2, gpu_fraction=0.25)
+    (replies,) = ask(meeting_app(str(tmp_path), 8), list(range(96)), gpu_fraction=0.25)
     assert len(set(metric(replies, "pid"))) == 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from fedsim._flwr import quiet
 from fedsim.engine.serial import SerialGrid
 from fedsim.engine.simulate import simulate
 from fedsim.errors import UserError
+from fedsim.hooks import Hook, Round
 from fedsim.testing import toy_client_app
 from tests.helpers import run, tiny
 
@@ -277,7 +279,17 @@ def test_ten_thousand_clients_cost_nothing_before_they_are_asked() -> None:
 
 
 def test_overhead_per_client_is_below_a_millisecond(tmp_path: Path) -> None:
-    """Everything but training: 1 KB of shared state, 300 clients, rounds, grid, payload and run folder."""
+    """Everything but training: 1 KB of shared state, 300 clients, rounds, grid, payload and run folder.
+
+    In seconds of this process: other processes of the machine do not count.
+    """
+
+    class Clock(Hook):
+        ends: ClassVar[list[float]] = []
+
+        def round(self, result: Round) -> None:
+            self.ends.append(time.process_time())
+
     rng = np.random.default_rng(0)
     x, y = rng.random((600, 4), np.float32), np.arange(600) % 10
     np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
@@ -287,6 +299,6 @@ def test_overhead_per_client_is_below_a_millisecond(tmp_path: Path) -> None:
         partition={"name": "iid", "clients": 300},
         client={"name": "tests.noop_client:make"},
     )
-    result = run(experiment, tmp_path)
+    result = run(experiment, tmp_path, Clock())
     assert result.summary["bytes_up"] == 7 * 300 * 1000
-    assert result.history["seconds"][1:].median() / 300 < 1e-3
+    assert np.median(np.diff(Clock.ends)[1:]) / 300 < 1e-3

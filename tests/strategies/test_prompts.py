@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 from torch.nn import functional
 
 from clients.training import back_propagation
@@ -43,9 +44,11 @@ class Wire(Hook):
         self.largest = 0
 
     def reply(self, server_round: int, phase: str, client: int, message: Any) -> None:
-        for record in message.content.array_records.values():
-            self.names |= set(record)
-        packed = payload.pack(message.content)
+        content = RecordDict(dict(message.content))
+        for key, record in message.content.array_records.items():
+            self.names |= set(record)  # the values may have been summed up already: zeros take as many bytes
+            content[key] = messages.arrays_of({k: np.zeros(a.shape, a.dtype) for k, a in record.items()})
+        packed = payload.pack(content)
         size = sum(len(a.data) for r in packed.array_records.values() for a in r.values())
         layout = packed.get(payload.LAYOUT)
         size += 0 if layout is None else sum(len(v) for v in layout.values())
