@@ -58,11 +58,11 @@ def run(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Run an experiment (the quickstart if no FILE is given), or a Flower app.
+    """Run an experiment, or anybody's Flower app.
 
-    FILE is an experiment file, the name of a shipped one (fedsim list experiments), or the folder of
-    anybody's Flower app, which then runs unchanged on our engine with --clients nodes; --set gives
-    engine.name, engine.workers, seed, and keys of the app's own config.
+    FILE is an experiment file, the name of a shipped one (fedsim list experiments; the quickstart if none
+    is given), or the folder of a Flower app, which then runs unchanged on our engine with --clients nodes;
+    --set gives engine.name, engine.workers, seed, and keys of the app's own config.
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         if file is not None and Path(file).is_dir():

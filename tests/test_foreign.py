@@ -78,7 +78,7 @@ def _fedsim(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("engine", ["serial"])
+@pytest.mark.parametrize("engine", ["serial", "ray"])
 def test_an_app_runs_unchanged(app: Path, engine: str) -> None:
     """Clients 0 to 4 add their number in each of two rounds: a mean of 2 a round."""
     done = _fedsim(

@@ -81,7 +81,7 @@ def test_verbose_tells_the_whole_docstring_but_its_sections() -> None:
 
 
 def test_every_mode_says_where_it_makes_sense() -> None:
-    places = ("any model", "any backbone", "Transformers", "CNNs")
+    places = ("any model", "any backbone", "any CLIP", "Transformers", "CNNs")
     unclear = [entry.name for entry in listing.entries("tuning") if not any(p in entry.text for p in places)]
     assert unclear == []
 

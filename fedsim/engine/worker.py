@@ -37,7 +37,7 @@ class Setup:
         app: the client app, pickled by value where it cannot be imported.
         num_clients: number of nodes.
         run_config: what clients find in `context.run_config`.
-        path: entries of the driver's `sys.path`; those that are missing here are appended.
+        path: the driver's `sys.path`, which comes first here, too.
         folder: the driver's current folder; workers go there if they have it.
         environment: variables of fedsim.
         threads: torch threads.
@@ -114,7 +114,8 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if os.path.isdir(setup.folder):
             os.chdir(setup.folder)
-        sys.path += [entry for entry in setup.path if entry not in sys.path]
+        # the driver's order: Ray puts the current folder before PYTHONPATH, where it would win
+        sys.path[:] = [*setup.path, *(entry for entry in sys.path if entry not in setup.path)]
         self.setup = setup
         if setup.torch:
             import torch

@@ -86,7 +86,7 @@ def prompt_folio(
     position: Position = "end",
     share: Fraction = 0.4,
 ) -> Classifier:
-    """A shared prompt (`head.context`) and one of the client's own (`head.own`), text features mixed.
+    """A shared prompt (`head.context`) and the client's own (`head.own`), text features mixed; any CLIP.
 
     Args:
         tokens: how many vectors each has (M); by default 16 (fewer where the text tower is too short), or
@@ -113,7 +113,7 @@ def prompt_low_rank(
     mu: NonNegative = 1.0,
     temperature: Positive = 0.5,
 ) -> Classifier:
-    """A shared prompt (`head.context`) plus a low-rank change of the client's own (`head.left @ head.right`).
+    """A shared prompt (`head.context`) plus the client's own low-rank change (`left @ right`); any CLIP.
 
     Args:
         tokens: how many vectors it has (M); by default 16 (fewer where the text tower is too short for that),

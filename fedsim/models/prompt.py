@@ -151,7 +151,7 @@ def prompt(
     init: str = "normal",
     position: Position = "end",
 ) -> Classifier:
-    """Context vectors around the class names train (`head.context`), both towers of the CLIP are frozen.
+    """Learned vectors around the class names train (`head.context`), both towers are frozen; any CLIP.
 
     Args:
         tokens: how many vectors (M); by default 16 (fewer where the text tower is too short for that), or as
