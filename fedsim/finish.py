@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +136,21 @@ def _simulate(experiment: Experiment, run: Run, hooks: Sequence[Hook]) -> None:
     from fedsim.engine.simulate import simulate
 
     engine = experiment["engine"]
-    simulate(
-        make_server_app(experiment, run, hooks),
-        client_app,
-        experiment.clients,
-        engine=engine.name,
-        seed=experiment.seed,
-        **engine.options,
-    )
+    try:
+        simulate(
+            make_server_app(experiment, run, hooks),
+            client_app,
+            experiment.clients,
+            engine=engine.name,
+            seed=experiment.seed,
+            **engine.options,
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk is full ({error}); free some space, then go on with: fedsim resume {run.folder}"
+        ) from error
 
 
 def baseline(experiment: Experiment, name: str) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from fedsim import config
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.finish import resume, run_experiment
-from fedsim.hooks import Hook
+from fedsim.hooks import Hook, Round
 from fedsim.rounds import lr_scale
 from fedsim.runs import Run
 from tests.helpers import StopAt, run, tiny
@@ -359,3 +360,23 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match="cannot make a run folder in"):
         Run.create(tiny(), tmp_path / "runs")
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of round 2 cannot be written: one line says so, and the run goes on from round 1."""
+
+    class Fills(Hook):
+        def round(self, result: Round) -> None:
+            if result.number == 2:
+                monkeypatch.setattr("os.fsync", full)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole = run(tiny(), tmp_path / "whole")
+    with pytest.raises(UserError, match=r"disk is full .*fedsim resume .*tiny"):
+        run(tiny(), tmp_path / "cut", Fills())
+    monkeypatch.undo()
+    again = resume(tmp_path / "cut" / "tiny")
+    assert again.summary["digest"] == whole.summary["digest"]
+    assert list(again.history.index) == [0, 1, 2, 3]

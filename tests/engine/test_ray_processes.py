@@ -106,3 +106,21 @@ def test_a_run_that_is_interrupted_then_killed_ends_with_the_digest_of_a_quiet_o
     assert third.process.returncode == 0, output
     assert third.gone_within(10)
     assert run.summary()["digest"] == quiet.summary["digest"]
+
+
+@pytest.mark.timeout(900)
+def test_two_runs_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Each has a Ray of its own, and both end with the digest of a quiet run."""
+    experiment = tiny(engine={"name": "ray", "workers": 1}, partition=PARTITION)
+    file = tmp_path / "tiny.toml"
+    file.write_text(experiment.toml())
+    quiet = run_experiment(
+        tiny(partition=PARTITION), Run.create(tiny(partition=PARTITION), tmp_path / "quiet")
+    )
+    words = ("run", str(file), "--folder", str(tmp_path / "runs"), "--name")
+    with Driver(*words, "one") as one, Driver(*words, "two") as two:
+        for driver in (one, two):
+            said, _ = driver.process.communicate(timeout=300)
+            assert driver.process.returncode == 0, said
+    digests = {Run(tmp_path / "runs" / name).summary()["digest"] for name in ("one", "two")}
+    assert digests == {quiet.summary["digest"]}
