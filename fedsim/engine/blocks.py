@@ -1,6 +1,6 @@
 """Which worker call runs which clients: aligned blocks of positions, the largest first.
 
-A call costs a fraction of a millisecond, so clients go in blocks; a block is a subtree of the fixed tree
+A call costs half a millisecond, and some five where all cores are busy training, so clients go in blocks; a block is a subtree of the fixed tree
 of sums (`fedsim/sums.py`), so that its worker may add it up. The big blocks go first and small ones fill
 the gaps at the end, so that all workers finish together.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_COARSE, _FINE = 4, 16  #: blocks a worker gets at least if the work were cut evenly: at first, at the end
+_COARSE, _FINE = 2, 8  #: blocks a worker gets at least if the work were cut evenly: at first, at the end
 _TAIL = 1 / 3  #: share of the work that is cut finely
 
 

@@ -24,9 +24,9 @@ def test_a_round_takes_some_dozen_calls_however_many_clients_there_are() -> None
 
 
 def test_workers_finish_together() -> None:
-    """Whoever is free takes the next block: no worker does 3 % more than its share."""
+    """Whoever is free takes the next block: no worker does 4 % more than its share."""
     rng = np.random.default_rng(0)
-    for work, slack in (([1.0] * 50, 1.001), (rng.exponential(size=200).tolist(), 1.03)):
+    for work, slack in (([1.0] * 50, 1.04), (rng.exponential(size=200).tolist(), 1.04)):
         load = [0.0, 0.0]
         for block in blocks(work, 2):
             places = block.positions(len(work))
