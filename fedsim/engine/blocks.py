@@ -1,8 +1,8 @@
 """Which worker call runs which clients: aligned blocks of positions, the largest first.
 
-A call costs half a millisecond, and some five where all cores are busy training, so clients go in blocks; a block is a subtree of the fixed tree
-of sums (`fedsim/sums.py`), so that its worker may add it up. The big blocks go first and small ones fill
-the gaps at the end, so that all workers finish together.
+A call costs half a millisecond, and some five where all cores are busy training, so clients go in blocks;
+a block is a subtree of the fixed tree of sums (`fedsim/sums.py`), so that its worker may add it up. The big
+blocks go first and small ones fill the gaps at the end, so that all workers finish together.
 """
 
 from __future__ import annotations
