@@ -4,8 +4,7 @@
     fedsim bench lenet cnn --repeat 7
     python experiments/bench/run.py ...   the same from a checkout
 
-Absolute seconds belong to the machine; the ratios, measured side by side, are what to compare. `pfl` takes
-part where PFL_PYTHON names an interpreter that has pfl-research (its pins clash with Flower's).
+Absolute seconds belong to the machine; the ratios, measured side by side, are what to compare.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ class Row:
 ROWS = (
     Row(
         "lenet",
-        ("loop", "fedsim", "flower", "pfl"),
+        ("loop", "fedsim", "flower"),
         8,
-        (("fedsim", "loop", "<= 1.20"), ("flower", "fedsim", ">= 5"), ("fedsim", "pfl", "<= 0.95")),
+        (("fedsim", "loop", "<= 1.20"), ("flower", "fedsim", ">= 5")),
     ),
     Row(
         "cnn",
-        ("loop", "fedsim", "flower", "pfl"),
+        ("loop", "fedsim", "flower"),
         4,
-        (("fedsim", "loop", "<= 1.05"), ("flower", "fedsim", ">= 1"), ("fedsim", "pfl", "<= 1.02")),
+        (("fedsim", "loop", "<= 1.05"), ("flower", "fedsim", ">= 1")),
     ),
     Row("noop-100", ("fedsim", "flower"), 10, (("flower", "fedsim", ">= 1"),)),
     Row(
@@ -89,18 +88,16 @@ def main(names: Sequence[str], repeat: int, out: Path) -> int:
 
 def measured(row: Row, repeat: int) -> dict[str, object]:
     """All contenders of a row in turn, `repeat` times."""
-    present = [name for name in row.contenders if name != "pfl" or os.environ.get("PFL_PYTHON")]
-    seconds: Seconds = {name: [] for name in present}
-    runs: dict[str, list[Mapping[str, float]]] = {name: [] for name in present}
+    seconds: Seconds = {name: [] for name in row.contenders}
+    runs: dict[str, list[Mapping[str, float]]] = {name: [] for name in row.contenders}
     for _ in range(repeat):
-        for name in present:
+        for name in row.contenders:
             found = _contend(name, row)
             seconds[name].append(median(found["rounds"][1:]))
             runs[name].append({key: value for key, value in found.items() if key != "rounds"})
     ratios = [
         {"of": a, "to": b, "bar": bar, **spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])}
         for a, b, bar in row.ratios
-        if a in seconds and b in seconds
     ]
     return {
         "workload": row.workload,
@@ -116,9 +113,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def _contend(name: str, row: Row) -> dict[str, list[float]]:
-    python = os.environ["PFL_PYTHON"] if name == "pfl" else sys.executable
-    script = "contender_pfl.py" if name == "pfl" else "contender.py"
-    command = [python, str(HERE / script), name, row.workload, str(row.rounds)]
+    command = [sys.executable, str(HERE / "contender.py"), name, row.workload, str(row.rounds)]
     threads = {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **threads}, timeout=1800, check=False
