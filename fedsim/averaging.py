@@ -161,7 +161,9 @@ class WeightedAverage(Strategy):
         return (None if values is None else messages.arrays_of(values)), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Example-weighted mean of the clients' metrics."""
+        """Example-weighted mean of the clients' metrics; None when no client was asked."""
+        if not self.fraction_evaluate:
+            return None
         good = self._valid(replies, None, server_round)
         return weighted_metrics([_metrics(message) for _, message in good])
 

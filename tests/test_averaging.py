@@ -6,12 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, FedMedian
 
 from fedsim.averaging import WeightedAverage, weighting_of
+from fedsim.engine.simulate import simulate
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.sums import TreeSum, WeightedSum
-from fedsim.testing import play
+from fedsim.testing import play, toy_client_app
 
 
 def leaf(rng: np.random.Generator) -> WeightedSum:
@@ -274,3 +277,18 @@ def test_only_strategies_that_declare_it_are_folded() -> None:
     assert weighting_of(Plain(weighting="uniform")) == "uniform"
     others = (Trimmed(), Weighed(), type("Grandchild", (Trimmed,), {})(), FedAvg(), FedMedian(), wrapped)
     assert [weighting_of(strategy) for strategy in others] == [None] * 6
+
+
+def test_it_runs_in_flowers_own_loop_without_evaluation() -> None:
+    """Flower's `start` aggregates evaluation replies even when no client was asked for any."""
+    server, found = ServerApp(), []
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = WeightedAverage(fraction_evaluate=0.0)
+        start = ArrayRecord([np.zeros(3, np.float32)])
+        found.append(strategy.start(grid=grid, initial_arrays=start, num_rounds=2))
+
+    simulate(server, toy_client_app(), 3)
+    assert set(found[0].train_metrics_clientapp) == {1, 2}
+    assert found[0].evaluate_metrics_clientapp == {}
