@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import UserError
+from fedsim.overrides import dotted
 from fedsim.runs import Run
 from fedsim.terminal import curve, grid, human_bytes, human_seconds, sparkline
 
@@ -56,18 +57,10 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 
 def differing(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Dotted keys whose values are not all equal -> the value of each document (None: it has no such key)."""
-    flat = [dict(_flatten(document)) for document in documents]
+    flat = [dotted(document) for document in documents]
     keys = dict.fromkeys(key for one in flat for key in one)
     values = {key: [one.get(key) for one in flat] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-
-
-def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _results(labels: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> Table:

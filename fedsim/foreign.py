@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import UserError, nearest
-from fedsim.overrides import key_of, toml_value
+from fedsim.overrides import dotted, key_of, toml_value
 
 
 def is_app(folder: Path) -> bool:
@@ -46,7 +46,7 @@ def described(folder: Path, clients: int, overrides: Iterable[str]) -> dict[str,
             raise UserError(
                 f'{folder}/pyproject.toml: [tool.flwr.app.components] needs {part} = "module:object"'
             )
-    config = _flat(app.get("config", {}))
+    config = dotted(app.get("config", {}))
     engine: dict[str, Any] = {"name": "serial"}
     seed = 0
     for override in overrides:
@@ -130,17 +130,6 @@ def _document(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file}: not readable ({error})") from error
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables with dotted keys, as Flower gives them to an app."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 if __name__ == "__main__":

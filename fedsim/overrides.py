@@ -26,6 +26,14 @@ def applied(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
     return changed
 
 
+def dotted(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"client": {"lr": 0.1}}` -> `{"client.lr": 0.1}`, however deep."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def key_of(override: str) -> str:
     """`"client.lr=0.01"` -> `"client.lr"`."""
     return override.partition("=")[0].strip()

@@ -6,7 +6,6 @@ python contender.py {loop|fedsim|fedsim-folding|flower} WORKLOAD ROUNDS
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -58,7 +57,6 @@ def _fedsim(
 
 
 def _flower(workload: workloads.Workload, rounds: int, times: list[float]) -> None:
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     from flwr.simulation import run_simulation
 
     run_simulation(

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from fedsim.files import write_atomic
+
 HERE = Path(__file__).resolve().parent
 Seconds = dict[str, list[float]]  #: contender -> median round of each repetition
 
@@ -79,8 +81,7 @@ def main(names: Sequence[str], repeat: int, out: Path) -> int:
         result = measured(row, repeat)
         results.append(result)
         print(lines_of(result), flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        write_atomic(out / "bench.json", (json.dumps(results, indent=2) + "\n").encode())
     plot(results, out / "bench.png")
     print(f"\n{out / 'bench.json'}  {out / 'bench.png'}")
     return 0
@@ -114,9 +115,9 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 def _contend(name: str, row: Row) -> dict[str, list[float]]:
     command = [sys.executable, str(HERE / "contender.py"), name, row.workload, str(row.rounds)]
-    threads = {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    switches = {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0", "FLWR_TELEMETRY_ENABLED": "0"}
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **threads}, timeout=1800, check=False
+        command, capture_output=True, text=True, env={**os.environ, **switches}, timeout=1800, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{name} on {row.workload} failed:\n{done.stderr[-2000:]}")

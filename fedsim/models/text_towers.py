@@ -8,6 +8,7 @@ of the tower: prompts look up their fixed tokens once and let it go.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class TextSide:
     derived: Mapping[str, str]
 
 
-class TextTower(nn.Module):
+class TextTower(nn.Module, ABC):
     """Embeddings of captions -> text features; what a subclass does is `forward`.
 
     Attributes:
@@ -61,9 +62,9 @@ class TextTower(nn.Module):
     def shorten(self, length: int) -> None:
         """From now on captions have `length` tokens; called once, only where `can_shorten`."""
 
+    @abstractmethod
     def forward(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """Features [c, d], not normalised, for ids [c, L] and their embeddings [c, L, D]."""
-        raise NotImplementedError
 
 
 class _Slot(nn.Module):
