@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedsim import messages
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.ranges import Count, Fraction, Share
-from fedsim.sums import TreeSum, WeightedSum, Weighting
+from fedsim.sums import TreeSum, Weighting
 
 
 def weighted_metrics(replies: Sequence[Mapping[str, Any]]) -> MetricRecord:
@@ -124,8 +124,7 @@ class WeightedAverage(Strategy):
         rows = self._rows(replies, like)
         for (client, message), own in zip(replies, rows, strict=True):
             weight = self.weight(client, _metrics(message))
-            values = messages.views_of(_arrays(message))
-            tree.add(WeightedSum.of(values, weight, own) if weight > 0 else None, position[client])
+            tree.add_leaf(messages.views_of(_arrays(message)), weight, position[client], own)
         total = tree.total()
         if total is None:
             return None

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Weighting = Literal["examples", "uniform"]
 
+_PIECE = 2**15  #: values that are scaled and added at a time
+
 
 @dataclass
 class WeightedSum:
@@ -56,6 +58,28 @@ class WeightedSum:
             rows={k: np.array(v) for k, v in rows.items()},
         )
 
+    def add_values(
+        self,
+        values: Mapping[str, NDArray[Any]],
+        weight: float,
+        rows: Mapping[str, NDArray[Any]] | None = None,
+    ) -> WeightedSum:
+        """`self + WeightedSum.of(values, weight, rows)`, bit for bit; plain arrays need no further memory."""
+        rows = rows or {}
+        plain = {
+            name
+            for name, mine in self.arrays.items()
+            if mine.ndim and mine.flags.carray and name not in rows and values[name].flags.c_contiguous
+        }
+        for name in plain:
+            _add_scaled(self.arrays[name].reshape(-1), values[name].reshape(-1), weight)
+        others = {name: array for name, array in self.arrays.items() if name not in plain}
+        rest = WeightedSum(others, self.weight, self.largest, self.rows)
+        rest.add(WeightedSum.of({k: v for k, v in values.items() if k not in plain}, weight, rows))
+        self.arrays.update(rest.arrays)
+        self.weight, self.largest, self.rows = rest.weight, rest.largest, rest.rows
+        return self
+
     def add(self, other: WeightedSum) -> WeightedSum:
         """`self + other`, into the buffers of `self` where they can be written to (both are given up)."""
         for name, values in other.arrays.items():
@@ -89,6 +113,15 @@ class WeightedSum:
         return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name])
 
 
+def _add_scaled(total: NDArray[Any], values: NDArray[Any], weight: float) -> None:
+    """`total += weight * values` in pieces that stay in a core's cache; both flat."""
+    part = np.empty(min(_PIECE, len(total)), np.float64)
+    for start in range(0, len(total), _PIECE):
+        piece = values[start : start + _PIECE]
+        scaled = np.multiply(piece, weight, out=part[: len(piece)], dtype=np.float64)
+        total[start : start + _PIECE] += scaled
+
+
 def _per_row(weights: NDArray[Any], array: NDArray[Any]) -> NDArray[Any]:
     """Weights [rows] in the shape that multiplies the rows of an array."""
     return weights.reshape(-1, *[1] * (array.ndim - 1))
@@ -113,6 +146,21 @@ class TreeSum:
             part = plus(sibling, part) if index & 1 else plus(part, sibling)
             level, index = level + 1, index >> 1
         self._parts[level, index] = part
+
+    def add_leaf(
+        self,
+        values: Mapping[str, NDArray[Any]],
+        weight: float,
+        index: int,
+        rows: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        """Add what one client sent; a weight of 0 is nothing."""
+        left = self._parts.get((0, index - 1)) if index & 1 else None
+        if left is None or weight <= 0:
+            self.add(WeightedSum.of(values, weight, rows) if weight > 0 else None, index)
+        else:
+            del self._parts[0, index - 1]
+            self.add(left.add_values(values, weight, rows), index >> 1, 1)
 
     def total(self) -> WeightedSum | None:
         """The sum of everything added (which is given up); what was never added counts as nothing."""

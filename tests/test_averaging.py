@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -48,6 +49,48 @@ def test_sums_over_aligned_blocks_give_the_same_bits(count: int, level: int) -> 
     assert folded is not None
     assert whole.weight == folded.weight
     assert whole.arrays["w"].tobytes() == folded.arrays["w"].tobytes()
+
+
+def test_leaves_added_in_place_give_the_same_bits() -> None:
+    """Whatever the layout of the arrays, with and without weights of rows, with holes."""
+
+    def client(number: int) -> tuple[dict[str, np.ndarray], float, dict[str, np.ndarray]]:
+        rng = np.random.default_rng(number)
+        values = {
+            "large": rng.normal(size=(3, 40_000)).astype(np.float32),
+            "fortran": np.asfortranarray(rng.normal(size=(5, 7)).astype(np.float16)),
+            "strided": rng.normal(size=(6, 8))[::2],
+            "scalar": np.array(rng.normal(), np.float32),
+            "count": np.array(rng.integers(99)),
+            "rows": rng.normal(size=(4, 2)).astype(np.float32),
+        }
+        return values, float(number % 4), {"rows": rng.integers(0, 3, 4).astype(float)}
+
+    plain, inplace = TreeSum(), TreeSum()
+    for position in (0, 1, 2, 3, 5, 4, 7, 8):
+        values, weight, rows = client(position)
+        plain.add(WeightedSum.of(values, weight, rows) if weight else None, position)
+        inplace.add_leaf(values, weight, position, rows)
+    one, other = plain.total(), inplace.total()
+    assert one is not None
+    assert other is not None
+    assert one.weight == other.weight == 10
+    for kind in ("arrays", "largest", "rows"):
+        mine, theirs = getattr(one, kind), getattr(other, kind)
+        assert {k: np.asarray(v).tobytes() for k, v in mine.items()} == {
+            k: np.asarray(v).tobytes() for k, v in theirs.items()
+        }
+
+
+def test_the_second_of_a_pair_needs_no_memory_of_its_own() -> None:
+    values = {"w": np.ones(2**20, np.float32)}
+    total = TreeSum()
+    total.add_leaf(values, 1.0, 0)
+    tracemalloc.start()
+    total.add_leaf(values, 2.0, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < values["w"].nbytes / 8
 
 
 def test_mean_matches_float64_reference_and_casts_once() -> None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import numpy as np
-from flwr.app import Array, Context, Message, RecordDict
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsim import _flwr
+from fedsim.engine import objects
 
 
 def test_private_names_are_where_they_were() -> None:
@@ -52,6 +55,47 @@ def test_lazy_arrays_survive_flowers_object_store() -> None:
     """Deflated for the wire, an Array made lazily has the object id of a stock one."""
     values = np.arange(5, dtype=np.float32)
     assert _flwr.LazyArray(values).object_id == Array(values).object_id
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(6.0).reshape(2, 3).T,
+        np.arange(12).reshape(3, 4)[:, ::2],
+        np.array(3, dtype=np.int64),
+        np.zeros((0, 4), np.float16),
+        np.arange(4, dtype=">f4"),
+    ],
+    ids=["c", "fortran", "strided", "scalar", "empty", "big-endian"],
+)
+def test_the_lazy_codec_changes_no_byte(values: np.ndarray) -> None:
+    stock = Array(values)
+    with _flwr.lazy_codec():
+        both = ArrayRecord({"made": Array(values), "ready": Array.from_numpy_ndarray(values)})
+        assert [a.data for a in both.values()] == [stock.data, stock.data]
+        kept = _flwr.sendable(RecordDict({"arrays": both}))["arrays"]
+    again = objects.unpack(objects.pack(kept))
+    for array in (*kept.values(), *again.values()):
+        assert (array.dtype, array.shape, array.stype) == (stock.dtype, stock.shape, stock.stype)
+        assert array.data == stock.data
+        np.testing.assert_array_equal(array.numpy(), values)
+    assert not hasattr(Array, "__getattr__")
+    assert "values" not in Array(values).__dict__
+
+
+def test_the_lazy_codec_keeps_a_copy() -> None:
+    """A client goes on writing to the arrays that it made a record of."""
+    values = np.zeros(3, np.float32)
+    with _flwr.lazy_codec():
+        record = ArrayRecord([values])
+        values += 1
+    assert _flwr.sendable(RecordDict({"arrays": record}))["arrays"]["0"].numpy().tolist() == [0, 0, 0]
+    torch_made = torch.zeros(3)
+    with _flwr.lazy_codec():
+        record = ArrayRecord({"w": torch_made})
+        torch_made += 1
+    assert record["w"].numpy().tolist() == [0, 0, 0]
 
 
 def test_import_fedsim_is_light() -> None:

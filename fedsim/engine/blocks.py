@@ -37,12 +37,13 @@ class Block:
         return Block(self.level - 1, 2 * self.index), Block(self.level - 1, 2 * self.index + 1)
 
 
-def blocks(work: Sequence[float], workers: int) -> list[Block]:
+def blocks(work: Sequence[float], workers: int, highest: int = 64) -> list[Block]:
     """Cut positions 0 … n-1 into blocks, in the order in which they should start.
 
     Args:
         work: of each position, in any unit.
         workers: how many work at a time.
+        highest: level that no block exceeds.
     """
     count = len(work)
     ends = np.concatenate([[0.0], np.cumsum(np.asarray(work, dtype=np.float64))])
@@ -55,7 +56,7 @@ def blocks(work: Sequence[float], workers: int) -> list[Block]:
     def cut(block: Block, largest: float) -> list[Block]:
         if block.start >= count:
             return []
-        if block.level == 0 or amount(block) <= largest:
+        if block.level == 0 or (block.level <= highest and amount(block) <= largest):
             return [block]
         return [part for half in block.halves() for part in cut(half, largest)]
 

@@ -12,6 +12,10 @@ import ray
 
 from fedsim.errors import UserError
 
+#: bytes; what is smaller goes from process to process, not through the object store, whose own process has
+#: to wait for a core while workers train (a Ray cluster that others started keeps its 100 KB)
+DIRECT = 4 * 2**20
+
 #: node id and CPUs of the instance that this process started
 _own: tuple[str, int] | None = None
 
@@ -36,6 +40,7 @@ def connect(address: str | None, cpus: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(cpus, cores())}
+        options |= {"_system_config": {"max_direct_call_object_size": DIRECT}}
     else:
         options |= {"address": address}
     try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, Message
 
 from fedsim import _flwr, messages
-from fedsim.sums import TreeSum, WeightedSum, Weighting
+from fedsim.sums import TreeSum, Weighting
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,15 @@ class Folder:
     def add(self, position: int, reply: Message) -> Left:
         """Take in one reply; what cannot be used is a hole in the tree."""
         reason = messages.complaint(reply, self.fold.like)
-        leaf = metrics = None
+        metrics = None
         if reason is None:
             metrics = dict(reply.content[messages.METRICS].items())
-            leaf = self._leaf(reply, metrics)
-        self.tree.add(leaf, position - self.start)
+            record = reply.content[messages.ARRAYS]
+            assert isinstance(record, ArrayRecord)
+            weight = messages.weight_of(metrics, self.fold.weighting)
+            self.tree.add_leaf(messages.views_of(record), weight, position - self.start)
+        else:
+            self.tree.add(None, position - self.start)
         if metrics is not None and len(reply.content) == 2:
             return Left(position, metrics, None, None)
         return Left(position, metrics, _flwr.hollow_message(reply), reason)
-
-    def _leaf(self, reply: Message, metrics: Mapping[str, Any]) -> WeightedSum | None:
-        record = reply.content[messages.ARRAYS]
-        assert isinstance(record, ArrayRecord)
-        weight = messages.weight_of(metrics, self.fold.weighting)
-        return WeightedSum.of(messages.views_of(record), weight) if weight > 0 else None

@@ -309,16 +309,20 @@ def answer(
     )
     delivered = _flwr.with_content(message, _flwr.private_copy(message.content))
     try:
-        reply = client_app(delivered, context)
-        if not isinstance(reply, Message):
-            raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+        with _flwr.lazy_codec():
+            reply = client_app(delivered, context)
+            if not isinstance(reply, Message):
+                raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+            if reply.has_content():
+                reply = _flwr.with_content(reply, _flwr.sendable(reply.content))
+            after = _flwr.sendable(context.state)
     except (Exception, SystemExit) as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         reason = f"client {client}: {type(error).__name__}: {error}\n{trace}"
         code = _flwr.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         _release_gpu(error)
         return Message(Error(code, reason), reply_to=message), before
-    return reply, context.state
+    return reply, after
 
 
 def _release_gpu(error: BaseException) -> None:

@@ -12,6 +12,7 @@ be copied by every reader; a numpy buffer is mapped.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from numpy.typing import NDArray
 from fedsim import _flwr
 
 Parcel = list[NDArray[Any]]
+#: a pickle and the buffers that it leaves out: Ray ships those without a copy, and its own pickler, which
+#: looks at every object in Python, sees none of the rest
+Packed = tuple[bytes, list[pickle.PickleBuffer]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,17 @@ def assemble(template: Template, parcels: dict[int, Parcel]) -> RecordDict:
             record = arrays
         content[key] = record
     return content
+
+
+def pack(thing: object) -> Packed:
+    """Any importable object, with its numpy buffers beside it."""
+    buffers: list[pickle.PickleBuffer] = []
+    return pickle.dumps(thing, 5, buffer_callback=buffers.append), buffers
+
+
+def unpack(packed: Packed) -> Any:
+    """The object again; its arrays are views of the buffers."""
+    return pickle.loads(packed[0], buffers=packed[1])
 
 
 def _array(values: NDArray[Any], place: Place) -> Array:

@@ -6,6 +6,7 @@ starting ──up──> idle <──report── busy (a call runs, one more wa
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fedsim.engine import cluster
+from fedsim.engine import cluster, objects
 from fedsim.engine.worker import Order, Report, Setup, Worker
 from fedsim.errors import UserError
 
@@ -28,6 +29,15 @@ _LOOK = 5.0  #: seconds after which lost nodes are looked for while nothing else
 Job = TypeVar("Job")
 
 
+@dataclass
+class Given:
+    """What a worker got in the present send and need not get again: numbers of contents and of parcels."""
+
+    send: int = -1
+    contents: set[int] = field(default_factory=set)
+    parcels: set[int] = field(default_factory=set)
+
+
 @dataclass(eq=False)
 class Slot(Generic[Job]):
     """One worker; a `fresh` one stands in for a lost one, a `parked` one has served an earlier pool."""
@@ -37,6 +47,7 @@ class Slot(Generic[Job]):
     fresh: bool
     parked: bool
     up: bool = False
+    given: Given = field(default_factory=Given)
     calls: deque[tuple[Any, Job]] = field(default_factory=deque)
 
     @property
@@ -96,7 +107,7 @@ class Pool(Generic[Job]):
 
     def submit(self, slot: Slot[Job], job: Job, order: Order, parcels: Sequence[Any]) -> None:
         """Give a worker one more call."""
-        slot.calls.append((slot.actor.run.remote(order, *parcels), job))
+        slot.calls.append((slot.actor.run.remote(pickle.dumps(order, 5), *parcels), job))
 
     # -------------------------------------------------------------------------------- what happens
 
@@ -115,9 +126,10 @@ class Pool(Generic[Job]):
             return None
         slot, self._quiet_since = awaited[done[0]], time.monotonic()
         try:
-            report = ray.get(done[0])
+            answered = ray.get(done[0])
         except RayTaskError as error:
             if slot.up:
+                slot.given = Given()  # who knows how far it came
                 return Event(slot.calls.popleft()[1], error=_last_line(error))
             return self._lost(slot, error)
         except RayError as error:
@@ -125,7 +137,7 @@ class Pool(Generic[Job]):
         if not slot.up:
             slot.up, self._failed_starts = True, 0
             return Event()
-        return Event(slot.calls.popleft()[1], report)
+        return Event(slot.calls.popleft()[1], objects.unpack(answered))
 
     def _lost(self, slot: Slot[Job], error: RayError) -> Event[Job]:
         if not slot.up and not slot.parked:

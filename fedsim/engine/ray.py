@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Annotated, Any
 
 import ray
@@ -30,12 +31,18 @@ from fedsim import _flwr
 from fedsim.engine import cluster, objects
 from fedsim.engine.blocks import Block, blocks
 from fedsim.engine.grid import BaseGrid, Exchange
-from fedsim.engine.pool import Event, Pool
+from fedsim.engine.pool import Event, Given, Pool
 from fedsim.engine.worker import Item, Order, Setup
 from fedsim.errors import UserError
 from fedsim.ranges import Count, Positive
 
-_SMALL = 64 * 2**10  #: bytes; less is not worth an object in the store
+#: bytes; less is not worth an object in the store: it goes with the first call that a worker gets in a send
+_SMALL = 2 * 2**20
+#: bytes; what clients send is expected to be as much as they get, and of more than this a worker does not
+#: keep the replies, or the float64 sums, of a larger block
+_HEAVY = 16 * 2**20
+
+_numbers = count()  #: of sends in this process
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class _Dispatch:
         self.cargo = _Cargo(grid, exchange, wave)
         # the one: an empty client costs something, too
         work = [1.0 + (0.0 if grid.work is None else grid.work[exchange.client(p)]) for p in wave]
-        cut = blocks(work, self.pool.size)
+        cut = blocks(work, self.pool.size, 64 if self.cargo.heaviest < _HEAVY else 1)
         self.jobs = deque(Job(b, [wave[i] for i in b.positions(len(wave))]) for b in cut)
         self.replays: deque[Job] = deque()
 
@@ -157,7 +164,7 @@ class _Dispatch:
                 slot.fresh = False
             else:
                 continue
-            self.pool.submit(slot, job, *self.cargo.order(job))
+            self.pool.submit(slot, job, *self.cargo.order(job, slot.given))
             gave = True
         return gave
 
@@ -204,6 +211,7 @@ class _Cargo:
     def __init__(self, grid: RayGrid, exchange: Exchange, wave: Sequence[int]) -> None:
         self.grid = grid
         self.exchange = exchange
+        self._number = next(_numbers)
         numbers: dict[int, int] = {}
         contents: list[RecordDict] = []
         self._content: dict[int, int] = {}
@@ -215,16 +223,21 @@ class _Cargo:
             self._content[position] = numbers[id(content)]
         self._rounds = [grid.round_of(content) for content in contents]
         self._templates, parcels = objects.disassemble(contents)
+        sizes = [sum(values.nbytes for values in parcel) for parcel in parcels]
+        #: bytes of the largest content
+        self.heaviest = max(sum(sizes[n] for n in objects.parcels_of(t)) for t in self._templates)
         self._small: dict[int, objects.Parcel] = {}
         self._stored: dict[int, Any] = {}
         for number, parcel in enumerate(parcels):
-            if sum(values.nbytes for values in parcel) < _SMALL:
+            if sizes[number] < _SMALL:
                 self._small[number] = parcel
             else:
                 self._stored[number] = ray.put(parcel)
 
-    def order(self, job: Job) -> tuple[Order, list[Any]]:
-        """What a worker needs for a job, and the objects that go with it."""
+    def order(self, job: Job, given: Given) -> tuple[Order, list[Any]]:
+        """What a worker needs for a job, less what it was given before, and the objects that go with it."""
+        if given.send != self._number:
+            given.send, given.contents, given.parcels = self._number, set(), set()
         items, states = [], {}
         for position in job.positions:
             message = self.exchange.accepted[position]
@@ -233,11 +246,14 @@ class _Cargo:
             items.append(Item(position, client, seed, content, _flwr.metadata_row(message)))
             if client in self.grid.states:
                 states[client] = self.grid.states[client]
-        templates = {item.content: self._templates[item.content] for item in items}
-        needed = {number for template in templates.values() for number in objects.parcels_of(template)}
+        contents = {item.content for item in items}
+        needed = {number for c in contents for number in objects.parcels_of(self._templates[c])}
+        templates = {number: self._templates[number] for number in contents - given.contents}
+        small = {number: self._small[number] for number in (needed & set(self._small)) - given.parcels}
         stored = sorted(needed & set(self._stored))
-        small = {number: self._small[number] for number in needed & set(self._small)}
-        order = Order(items, templates, stored, small, states, self.exchange.fold)
+        given.contents |= contents
+        given.parcels |= set(small)
+        order = Order(self._number, items, templates, small, stored, states, self.exchange.fold)
         return order, [self._stored[number] for number in stored]
 
 

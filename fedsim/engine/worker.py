@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pickle
 import resource
 import sys
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray.cloudpickle
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedsim import _flwr
 from fedsim.engine import objects
@@ -72,12 +73,23 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """One call: the instructions of a block, with everything that the worker needs but the parcels."""
+    """One call: the instructions of a block, with what the worker needs and does not have yet.
 
+    Attributes:
+        send: number of the send that it belongs to; a worker forgets what earlier ones brought.
+        items: the instructions.
+        templates: contents that this worker has not seen in this send.
+        small: parcels that are not worth an object of their own, and new to this worker, too.
+        parcels: numbers of the parcels that come as arguments.
+        states: of the clients that have any.
+        fold: how to sum the replies, or None.
+    """
+
+    send: int
     items: Sequence[Item]
     templates: Mapping[int, objects.Template]
-    parcels: Sequence[int]  #: numbers of the parcels that come as arguments
-    small: Mapping[int, objects.Parcel]  #: parcels that are not worth an object of their own
+    small: Mapping[int, objects.Parcel]
+    parcels: Sequence[int]
     states: Mapping[int, RecordDict]
     fold: Fold | None
 
@@ -98,6 +110,9 @@ class Worker:
     def __init__(self) -> None:
         self._born = time.time()
         self._armed = 0.0
+        self._send = -1
+        self._templates: dict[int, objects.Template] = {}
+        self._small: dict[int, objects.Parcel] = {}
 
     def equip(self, setup: Setup) -> None:
         """Get ready for a simulation, the first one or a later one.
@@ -123,10 +138,10 @@ class Worker:
             torch.set_num_threads(setup.threads)
         self.app = ray.cloudpickle.loads(setup.app)
 
-    def run(self, order: Order, *parcels: objects.Parcel) -> Report:
-        """Answer the messages of a block, one after the other."""
-        there = {**order.small, **dict(zip(order.parcels, parcels, strict=True))}
-        contents = {number: objects.assemble(t, there) for number, t in order.templates.items()}
+    def run(self, packed: bytes, *parcels: objects.Parcel) -> objects.Packed:
+        """Answer the messages of a block, one after the other: a packed Order in, a packed Report out."""
+        order: Order = pickle.loads(packed)
+        contents = self._contents(order, dict(zip(order.parcels, parcels, strict=True)))
         report = Report()
         folder = None if order.fold is None else Folder(order.fold, start=order.items[0].position)
         for item in order.items:
@@ -134,16 +149,25 @@ class Worker:
             state = order.states.get(item.client)
             reply, after = self._answer(item, message, state)
             if state is not None or not is_empty(after):
-                report.states[item.client] = _compact(after)
+                report.states[item.client] = after
             if folder is not None:
                 report.left.append(folder.add(item.position, reply))
             else:
-                report.replies.append((item.position, _sendable(reply)))
+                report.replies.append((item.position, reply))
         self._armed = 0.0
         faulthandler.cancel_dump_traceback_later()
         if folder is not None:
             report.total = folder.tree.total()
-        return report
+        return objects.pack(report)
+
+    def _contents(self, order: Order, parcels: dict[int, objects.Parcel]) -> dict[int, RecordDict]:
+        if order.send != self._send:
+            self._send, self._templates, self._small = order.send, {}, {}
+        self._templates.update(order.templates)
+        self._small.update(order.small)
+        there = {**self._small, **parcels}
+        numbers = {item.content for item in order.items}
+        return {number: objects.assemble(self._templates[number], there) for number in numbers}
 
     def _answer(self, item: Item, message: Message, state: RecordDict | None) -> tuple[Message, RecordDict]:
         setup = self.setup
@@ -199,17 +223,3 @@ def _edited_since(moment: float) -> str | None:
             if os.stat(file).st_mtime > moment:
                 return str(file)
     return None
-
-
-def _sendable(reply: Message) -> Message:
-    """The reply with its arrays as numpy buffers, which Ray ships out of band."""
-    return _flwr.with_content(reply, _compact(reply.content)) if reply.has_content() else reply
-
-
-def _compact(content: RecordDict) -> RecordDict:
-    out = RecordDict()
-    for key, record in content.items():
-        if isinstance(record, ArrayRecord):
-            record = _flwr.array_record({name: _flwr.lazy(array) for name, array in record.items()})
-        out[key] = record
-    return out

@@ -23,6 +23,10 @@ def test_a_round_takes_some_dozen_calls_however_many_clients_there_are() -> None
         assert 8 <= len(blocks([1.0] * count, 2)) <= 36
 
 
+def test_blocks_of_heavy_clients_are_pairs() -> None:
+    assert max(block.level for block in blocks([1.0] * 50, 2, highest=1)) == 1
+
+
 def test_workers_finish_together() -> None:
     """Whoever is free takes the next block: no worker does 4 % more than its share."""
     rng = np.random.default_rng(0)
