@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from math import floor
 from typing import Any
@@ -42,21 +43,38 @@ def connect(address: str | None, cpus: int) -> None:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(cpus, cores())}
         options |= {"_system_config": {"max_direct_call_object_size": DIRECT}}
     else:
+        _check_that_it_answers(address)
         options |= {"address": address}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(**options)
     except ConnectionError as error:
-        raise UserError(
-            f"engine.address = '{address}': no Ray cluster answers there; start one with "
-            "'ray start --head' or leave engine.address out"
-        ) from error
+        raise _nobody(address) from error
     except Exception as error:  # Ray's own class is the bare Exception: it gives itself 30 seconds
         raise UserError(
             f"Ray did not start ({error}); try again when the machine is less busy, or use the serial engine"
         ) from error
     _own = (here(), options["num_cpus"]) if address is None else None
+
+
+def _check_that_it_answers(address: str) -> None:
+    """Ray itself tries for minutes."""
+    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        return  # what that means is for Ray to say
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise _nobody(place) from error
+
+
+def _nobody(address: str | None) -> UserError:
+    return UserError(
+        f"engine.address = '{address}': no Ray cluster answers there; start one with 'ray start --head' or "
+        "leave engine.address out"
+    )
 
 
 def here() -> str:

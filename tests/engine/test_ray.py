@@ -148,12 +148,12 @@ def test_only_the_block_of_a_dead_worker_is_replayed_and_its_clients_alone(tmp_p
 
 def test_workers_killed_at_random_change_no_bit(tmp_path: Path) -> None:
     app = slow_app(str(tmp_path), 0.02)
-    whole = rounds(app, WeightedAverage(), 30, 4)
+    whole = rounds(app, WeightedAverage(), 30, 8)
     killed: list[int] = []
 
     def on_start(grid: Any) -> None:
         inner, rng = grid.on_reply, np.random.default_rng(0)
-        at = set(rng.choice(np.arange(1, 100), 3, replace=False).tolist())
+        at = set(rng.choice(np.arange(1, 230), 10, replace=False).tolist())
         replies = counted(1)
 
         def seen(message: Message) -> None:
@@ -165,8 +165,8 @@ def test_workers_killed_at_random_change_no_bit(tmp_path: Path) -> None:
 
         grid.on_reply = seen
 
-    found = rounds(app, WeightedAverage(), 30, 4, on_start=on_start, engine="ray", workers=2)
-    assert len(killed) == 3
+    found = rounds(app, WeightedAverage(), 30, 8, on_start=on_start, engine="ray", workers=2)
+    assert len(killed) == 10
     assert vars(found) == vars(whole)
 
 

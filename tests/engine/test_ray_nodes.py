@@ -13,6 +13,8 @@ from ray.cluster_utils import Cluster
 
 from fedsim.averaging import WeightedAverage
 from fedsim.engine import ray as engine
+from fedsim.engine.cluster import connect
+from fedsim.errors import UserError
 from tests.engine.ray_apps import slow_app
 from tests.engine.test_ray import rounds
 
@@ -57,7 +59,7 @@ def test_losing_a_node_changes_no_bit(
     monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or put(value))
 
     monkeypatch.setattr(engine, "_torch_is_used", lambda: False)
-    big = {"w": np.linspace(-1, 1, 50_000, dtype=np.float32)}
+    big = {"w": np.linspace(-1, 1, 600_000, dtype=np.float32)}
     app = slow_app(str(tmp_path))
     whole = rounds(app, WeightedAverage(), start=big)
     lose = at_reply(20, lambda: cluster.remove_node(added[0]))  # in the middle of the second round
@@ -67,3 +69,23 @@ def test_losing_a_node_changes_no_bit(
     # what workers are started with, then the arrays of three rounds: one object each, which Ray takes to
     # a node once
     assert len(puts) == 1 + 3
+
+
+def test_an_existing_cluster_is_found_and_left_running(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setattr(engine, "_torch_is_used", lambda: False)
+    app = slow_app(str(tmp_path))
+    for start in ({"w": np.ones(5, np.float32)}, {"w": np.ones(10**6, np.float32)}):  # inline and stored
+        found = rounds(app, WeightedAverage(), start=start, engine="ray", address="auto")
+        assert vars(found) == vars(rounds(app, WeightedAverage(), start=start))
+        assert ray.get_runtime_context().gcs_address == cluster.address
+    ray.shutdown()
+    ray.init(address=cluster.address, log_to_driver=False)  # it is still there
+    assert ray.cluster_resources()["CPU"] == 1
+
+
+def test_no_cluster_at_the_address_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"engine\.address = '127\.0\.0\.1:9': .* leave engine\.address out"):
+        connect("127.0.0.1:9", 1)
