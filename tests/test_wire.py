@@ -15,7 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsim import messages
 from fedsim.app import FederatedClientApp, client_app, serve
-from fedsim.engine.grid import FIRST_NODE, BaseGrid
+from fedsim.engine.exchange import FIRST_NODE
+from fedsim.engine.grid import BaseGrid
 from fedsim.engine.simulate import simulate
 from fedsim.errors import UserError
 from fedsim.runs import Run

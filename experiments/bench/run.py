@@ -32,40 +32,50 @@ class Row:
         workload: its name.
         contenders: in the order of each repetition.
         rounds: rounds of a repetition; the first is warm-up and not counted.
-        ratios: (numerator, denominator, bar): `<=` or `>=` a number.
+        ratios: (numerator, denominator, bar): `<=` or `>=` a number, or None.
     """
 
     workload: str
     contenders: tuple[str, ...]
     rounds: int
-    ratios: tuple[tuple[str, str, str], ...]
+    ratios: tuple[tuple[str, str, str | None], ...] = ()
 
 
 ROWS = (
     Row(
         "lenet",
-        ("loop", "fedsim", "flower"),
-        8,
-        (("fedsim", "loop", "<= 1.20"), ("flower", "fedsim", ">= 5")),
+        ("loop", "fedsim", "fedsim-folding", "flower"),
+        12,
+        (
+            ("fedsim", "loop", "<= 1.20"),
+            ("fedsim-folding", "loop", "<= 1.20"),
+            ("flower", "fedsim", ">= 5"),
+        ),
     ),
     Row(
         "cnn",
-        ("loop", "fedsim", "flower"),
-        4,
-        (("fedsim", "loop", "<= 1.05"), ("flower", "fedsim", ">= 1")),
+        ("loop", "fedsim", "fedsim-folding", "flower"),
+        5,
+        (("fedsim", "loop", "<= 1.05"), ("fedsim-folding", "loop", "<= 1.05"), ("flower", "fedsim", None)),
     ),
-    Row("noop-100", ("fedsim", "flower"), 10, (("flower", "fedsim", ">= 1"),)),
+    Row("clip-lite-bias", ("serial", "ray"), 3, (("serial", "ray", ">= 1.7"),)),
+    Row("noop-100", ("fedsim", "flower"), 10, (("flower", "fedsim", None),)),
     Row(
         "noop-1000",
         ("fedsim", "fedsim-folding", "flower"),
         4,
         (("flower", "fedsim", ">= 25"), ("flower", "fedsim-folding", ">= 50")),
     ),
-    Row("noop-1MB", ("fedsim", "fedsim-folding", "flower"), 4, (("flower", "fedsim", ">= 1"),)),
-    Row("noop-10000", ("fedsim-folding",), 4, ()),
-    Row("noop-100000", ("fedsim-folding",), 3, ()),
-    Row("noop-of-million", ("fedsim-folding",), 4, ()),
-    Row("noop-100MB", ("fedsim-folding",), 3, ()),
+    Row(
+        "noop-1MB",
+        ("fedsim", "fedsim-folding", "flower"),
+        4,
+        (("flower", "fedsim", None), ("flower", "fedsim-folding", None)),
+    ),
+    Row("noop-10000", ("fedsim-folding",), 4),
+    Row("noop-100000", ("fedsim-folding",), 3),
+    Row("noop-of-million", ("fedsim-folding",), 4),
+    Row("noop-100MB", ("fedsim-folding",), 3),
 )
 
 
@@ -132,7 +142,10 @@ def lines_of(result: Mapping[str, object]) -> str:
     for name, s in seconds.items():
         lines.append(f"{result['workload']:<16} {name:<15} {_number(s)} s a round")
     ratios: Sequence[Mapping[str, float]] = result["ratios"]  # type: ignore[assignment]
-    lines += [f"{'':<16} {r['of']} / {r['to']}  {_number(r)}   bar {r['bar']}" for r in ratios]
+    lines += [
+        f"{'':<16} {r['of']} / {r['to']}  {_number(r)}" + (f"   bar {r['bar']}" if r["bar"] else "")
+        for r in ratios
+    ]
     return "\n".join(lines)
 
 

@@ -13,9 +13,14 @@ import ray
 
 from fedsim.errors import UserError
 
-#: bytes; what is smaller goes from process to process, not through the object store, whose own process has
-#: to wait for a core while workers train (a Ray cluster that others started keeps its 100 KB)
-DIRECT = 4 * 2**20
+#: Of a Ray that we start (a cluster that others started keeps its own). What is smaller than 4 MiB, not 100
+#: KB, goes from process to process, not through the object store, whose own process has to wait for a core
+#: while workers train; and nobody looks at the history of calls and the counters that Ray would gather.
+SWITCHES = {
+    "max_direct_call_object_size": 4 * 2**20,
+    "task_events_report_interval_ms": 0,
+    "enable_metrics_collection": False,
+}
 
 #: node id and CPUs of the instance that this process started
 _own: tuple[str, int] | None = None
@@ -41,7 +46,7 @@ def connect(address: str | None, cpus: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(cpus, cores())}
-        options |= {"_system_config": {"max_direct_call_object_size": DIRECT}}
+        options |= {"_system_config": SWITCHES}
     else:
         _check_that_it_answers(address)
         options |= {"address": address}

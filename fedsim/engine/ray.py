@@ -30,7 +30,8 @@ from flwr.clientapp import ClientApp
 from fedsim import _flwr
 from fedsim.engine import cluster, objects
 from fedsim.engine.blocks import Block, blocks
-from fedsim.engine.grid import BaseGrid, Exchange
+from fedsim.engine.exchange import Exchange
+from fedsim.engine.grid import BaseGrid
 from fedsim.engine.pool import Event, Given, Pool
 from fedsim.engine.worker import Item, Order, Setup
 from fedsim.errors import UserError

@@ -10,8 +10,9 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
+from fedsim.engine.exchange import Exchange
 from fedsim.engine.folding import Folder
-from fedsim.engine.grid import BaseGrid, Exchange, answer, generators_restored, seed_everything
+from fedsim.engine.grid import BaseGrid, answer, generators_restored, seed_everything
 from fedsim.ranges import Count
 
 
