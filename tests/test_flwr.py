@@ -25,6 +25,15 @@ def test_private_names_are_where_they_were() -> None:
         assert hasattr(_flwr.TaskIdentity, name)
 
 
+def test_a_record_is_a_dict_behind_checks() -> None:
+    array = Array(np.ones(2))
+    ours, stock = _flwr.array_record({"w": array}), ArrayRecord()
+    stock["w"] = array
+    assert ours.is_dirty
+    assert ours == stock
+    assert ours.object_id == stock.object_id
+
+
 def test_the_abstract_grid_is_what_we_implement() -> None:
     assert sorted(Grid.__abstractmethods__) == [
         "create_message",

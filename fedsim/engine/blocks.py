@@ -1,19 +1,22 @@
 """Which worker call runs which clients: aligned blocks of positions, the largest first.
 
-A call costs half a millisecond, and some five where all cores are busy training, so clients go in blocks;
-a block is a subtree of the fixed tree of sums (`fedsim/sums.py`), so that its worker may add it up. The big
-blocks go first and small ones fill the gaps at the end, so that all workers finish together.
+A call costs some three milliseconds of a busy worker, so clients go in blocks; a block is a subtree of the
+fixed tree of sums (`fedsim/sums.py`), so that its worker may add it up. The big blocks go first, small ones
+fill the gaps at the end, and are cut until all workers would finish together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_COARSE, _FINE = 2, 8  #: blocks a worker gets at least if the work were cut evenly: at first, at the end
-_TAIL = 1 / 3  #: share of the work that is cut finely
+_COARSE, _FINE = 1, 4  #: blocks a worker gets at least if the work were cut evenly: at first, at the end
+_TAIL = 0.3  #: share of the work that is cut finely
+_SLACK = 0.02  #: by which the last worker may finish later than all of them on average
+_MOST = 32  #: blocks of a worker that are never exceeded for the sake of that
 
 
 @dataclass(frozen=True)
@@ -70,4 +73,25 @@ def blocks(work: Sequence[float], workers: int, highest: int = 64) -> list[Block
         tail -= 1
         left -= amount(coarse[tail])
     fine = [part for block in coarse[tail:] for part in cut(block, total / (_FINE * workers))]
-    return coarse[:tail] + largest_first(fine)
+    found = largest_first(coarse[:tail] + fine)
+    while len(found) < _MOST * workers:
+        latest, load = _last_to_finish(found, amount, workers)
+        if load <= (1 + _SLACK) * total / workers or latest.level == 0:
+            break
+        halves = [half for half in latest.halves() if half.start < count]
+        found = largest_first([block for block in found if block != latest] + halves)
+    return found
+
+
+def _last_to_finish(
+    found: Sequence[Block], amount: Callable[[Block], float], workers: int
+) -> tuple[Block, float]:
+    """The last block of the worker that finishes last if whoever is free takes the next one, and its load."""
+    free = [(0.0, number) for number in range(workers)]
+    last: dict[int, Block] = {}
+    for block in found:
+        load, number = heapq.heappop(free)
+        last[number] = block
+        heapq.heappush(free, (load + amount(block), number))
+    load, number = max(free)
+    return last[number], load

@@ -85,10 +85,8 @@ def assemble(template: Template, parcels: dict[int, Parcel]) -> RecordDict:
     content = RecordDict()
     for key, record in template.items():
         if isinstance(record, dict):
-            arrays = ArrayRecord()
-            for name, place in record.items():
-                arrays[name] = _array(parcels[place.parcel][place.index], place)
-            record = arrays
+            arrays = {name: _array(parcels[at.parcel][at.index], at) for name, at in record.items()}
+            record = _flwr.array_record(arrays)
         content[key] = record
     return content
 

@@ -7,7 +7,7 @@
 The result has the bits of SerialGrid's for any number of workers: seeds come from (run seed, round,
 client), sums follow one fixed tree, and replies are handed over in order of their instructions. When a
 worker dies its block is replayed client by client on a fresh worker, from the state that the clients had
-before the block; only a client that is running when that worker dies, too, is blamed.
+before the block; only a client that is running when two more workers die is blamed.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ class Job:
         block: subtree of the sum that they are.
         positions: of the instructions.
         began: when a client that is tried alone was handed over, on `time.monotonic`'s clock.
+        deaths: workers that died while this client was tried alone.
     """
 
     block: Block
     positions: Sequence[int]
     began: float | None = None
+    deaths: int = 0
 
 
 class RayGrid(BaseGrid):
@@ -195,8 +197,11 @@ class _Dispatch:
         client = self.exchange.client(position)
         if time.monotonic() - job.began >= self.grid.timeout:
             reason = f"client {client}: no answer within {self.grid.timeout:g} s (engine.timeout)"
+        elif job.deaths == 0:
+            self.replays.append(replace(job, deaths=1))  # it may have been somebody else's doing
+            return
         else:
-            reason = f"client {client}: its worker died twice while it ran: {why}"
+            reason = f"client {client}: its worker died twice while it ran alone: {why}"
         error = Error(_flwr.ErrorCode.CLIENT_APP_CRASHED, reason)
         reply = Message(error, reply_to=self.exchange.accepted[position])
         if self.exchange.fold is None:

@@ -18,9 +18,9 @@ def test_every_position_is_in_one_block(count: int, workers: int) -> None:
     assert len(cut) <= 64 * workers
 
 
-def test_a_round_takes_some_dozen_calls_however_many_clients_there_are() -> None:
+def test_a_round_takes_a_dozen_calls_however_many_clients_there_are() -> None:
     for count in (50, 1000, 100_000):
-        assert 8 <= len(blocks([1.0] * count, 2)) <= 36
+        assert 6 <= len(blocks([1.0] * count, 2)) <= 16
 
 
 def test_blocks_of_heavy_clients_are_pairs() -> None:
@@ -28,9 +28,9 @@ def test_blocks_of_heavy_clients_are_pairs() -> None:
 
 
 def test_workers_finish_together() -> None:
-    """Whoever is free takes the next block: no worker does 4 % more than its share."""
+    """Whoever is free takes the next block: no worker does 2 % more than its share."""
     rng = np.random.default_rng(0)
-    for work, slack in (([1.0] * 50, 1.04), (rng.exponential(size=200).tolist(), 1.04)):
+    for work, slack in (([1.0] * 50, 1.02), (rng.exponential(size=200).tolist(), 1.02)):
         load = [0.0, 0.0]
         for block in blocks(work, 2):
             places = block.positions(len(work))
