@@ -2,4 +2,4 @@
 its own step or speaks its own actions.
 """
 
-CLIENTS = {"standard": "clients.training:make"}
+CLIENTS = {"standard": "clients.training:make", "unlearn": "clients.unlearn:make"}

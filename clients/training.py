@@ -96,7 +96,7 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         config = messages.config_of(message)
         who = partition_of(context)
-        task.load(_arrays(message), _personal(context))
+        task.load(arrays_of(message), _personal(context))
         rows = task.data.client(who)
         started = time.perf_counter()
         metrics = fit(
@@ -117,7 +117,7 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         config = messages.config_of(message)
-        task.load(_arrays(message), _personal(context))
+        task.load(arrays_of(message), _personal(context))
         split = str(config.get("split", "test"))
         return messages.reply(message, None, task.evaluate_split(split, partition_of(context)))
 
@@ -142,7 +142,7 @@ def fit(
         proximal_mu: FedProx µ; the anchor is the shared part at entry.
 
     Returns:
-        `num-examples` trained on, mean `loss` over them.
+        `num-examples` trained on, `samples` that passed (epochs count), mean `loss` over them.
     """
     if len(rows) == 0:
         raise ValueError("this client has no training data")
@@ -168,9 +168,15 @@ def fit(
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         task.scaler.step(optimizer)
         task.scaler.update()
+        if task.constrain is not None:
+            task.constrain()
         total += loss.double() * len(batch)
         seen += len(batch)
-    return {messages.EXAMPLES: min(len(rows), seen), "loss": total.item() / seen}
+    return {
+        messages.EXAMPLES: min(len(rows), seen),
+        messages.SAMPLES: seen,
+        "loss": total.item() / seen,
+    }
 
 
 def batches(count: int, recipe: Recipe) -> Iterator[np.ndarray]:
@@ -208,7 +214,8 @@ def partition_of(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
-def _arrays(message: Message) -> ArrayRecord:
+def arrays_of(message: Message) -> ArrayRecord:
+    """The shared state that an instruction carries."""
     record: Any = message.content.get(messages.ARRAYS)
     if not isinstance(record, ArrayRecord):
         raise ValueError(f"the instruction has no array record named '{messages.ARRAYS}'")

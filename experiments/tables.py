@@ -9,7 +9,8 @@ A table stands between a comment that describes it and `<!-- end -->`:
     <!-- table: modes where model.name=minilm keys=tuning.name -->           some of them, fewer columns
     <!-- table: modes rows=tuning.name columns=partition.name,partition.shots value=accuracy -->   crosswise
 
-A JSON file is the `results.json` of a sweep. Keys that a table leaves out must not tell its rows apart.
+A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` wrote. Keys that a table
+of a sweep leaves out must not tell its rows apart.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedsim.forgetting.tables import over_seeds, rules
 from fedsim.sweep import rows_of, table_of
 from fedsim.terminal import human_bytes
 
@@ -42,6 +44,10 @@ def rendered(text: str) -> str:
 
 def made(results: Results, words: list[str]) -> str:
     """One table: `where KEY=VALUE ...` chooses results, the other words say what it looks like."""
+    if "models" in results[0]:
+        return over_seeds(results)
+    if "rules" in results[0]:
+        return rules(results)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     shape = {key: given.pop(key).split(",") for key in ("keys", "rows", "columns", "value") if key in given}
     chosen = [r for r in results if all(str(r["cell"].get(key)) == value for key, value in given.items())]

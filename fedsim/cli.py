@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim import assets_cli
+from fedsim import assets_cli, forget_cli
 from fedsim.errors import UserError
 from fedsim.session import Session
 
@@ -161,6 +161,9 @@ def compare(
         session.console.print(shown, highlight=False)
 
 
+app.command("forget")(forget_cli.forget)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[str | None, typer.Argument(hidden=True)] = None,
@@ -173,7 +176,7 @@ def list_(
 ) -> None:
     """List what there is (without KIND: the kinds).
 
-    KIND is strategies, clients, models, tuning, datasets, partitions, engines or experiments.
+    KIND is strategies, clients, models, tuning, datasets, partitions, engines, edits or experiments.
     """
     with Session(debug=debug) as session:
         with session.loading():
@@ -287,10 +290,9 @@ def _named(name: str | None) -> list[str]:
 
 def _open(folder: Path) -> Run:
     """A run folder, by path or by its name in the folder of runs."""
-    from fedsim.runs import Run, default_folder
+    from fedsim.runs import Run, found
 
-    if not folder.exists() and (default_folder() / folder).is_dir():
-        folder = default_folder() / folder
+    folder = found(folder)
     if (folder / "sweep.json").is_file():
         raise UserError(f"{folder} is a sweep (fedsim sweep goes on with it); its runs are in {folder}/cells")
     return Run.open(folder)

@@ -161,6 +161,8 @@ def test_features(
 
 def _used(data: FederatedData) -> NDArray[np.int64]:
     rows: NDArray[np.int64] = np.union1d(data.partition.indices, data.validation)
+    if data.forgotten is not None:  # measured, and scored before it is forgotten
+        rows = np.union1d(rows, np.union1d(data.forgotten.training.indices, data.forgotten.validation))
     return rows
 
 

@@ -29,6 +29,7 @@ KINDS = {
     "datasets": "where samples come from: [data]",
     "partitions": "which client has which samples: [partition]",
     "engines": "where clients run: [engine]",
+    "edits": "what fedsim forget does to a model: [strategy.edit]",
     "experiments": "shipped files: fedsim run NAME",
 }
 _SECTIONS = {kind: section for section, kind in config.NAMED.items()}

@@ -27,11 +27,14 @@ from fedsim.sums import WeightedSum, Weighting
 TRAIN = "train"
 EVALUATE = "evaluate"
 HELLO = "query.hello"
+CHANNELS = "query.channel_statistics"
+ASCENT = "train.ascent"
 
 # records
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
+MASKS = "masks"  #: layer -> bool [channels], True where a channel is pruned
 
 # keys of the config record
 ROUND = "server-round"
@@ -45,6 +48,7 @@ CODE = "code-digest"
 # keys of the metric record
 EXAMPLES = "num-examples"
 SECONDS = "seconds"
+SAMPLES = "samples"  #: passes of a sample through the model (epochs count)
 ROWS = "rows:"  #: + name of an array: samples behind each of its rows (rows that belong to classes)
 
 
@@ -130,7 +134,10 @@ class Roster(Protocol):
     """Which node is which client. Our grids have one (`grid.roster`)."""
 
     def clients(self) -> Sequence[int]:
-        """Partition ids that can be asked now, ascending."""
+        """Partition ids that take part now, ascending."""
+
+    def everyone(self) -> Sequence[int]:
+        """All partition ids, also of clients that do not train (they are to be forgotten, say)."""
 
     def node(self, client: int) -> int:
         """Node id of a client."""
@@ -147,6 +154,9 @@ class _SortedNodes:
 
     def clients(self) -> Sequence[int]:
         return range(len(self.nodes))
+
+    def everyone(self) -> Sequence[int]:
+        return self.clients()
 
     def node(self, client: int) -> int:
         return self.nodes[client]

@@ -40,6 +40,7 @@ TABLES = {
     "datasets": "fedsim.data:DATASETS",
     "partitions": "fedsim.data:PARTITIONS",
     "engines": "fedsim.engine:ENGINES",
+    "edits": "strategies:EDITS",
 }
 
 #: first words of a docstring's section, as Google's style writes them and as NumPy's (Flower's strategies)

@@ -4,7 +4,13 @@
     round r    strategy.configure_train -> grid -> strategy.aggregate_train -> evaluate -> hooks -> checkpoint
 
 Flower's own `Strategy.start` has no resume, no early stop and no phases, so it is not used. A strategy
-may have a method `done() -> bool` to end the run by itself, and `refused` (client -> reason).
+may have
+
+    begin(task) -> state       called first, also on resume: the state to start from (None: the model's own)
+    observe(metrics)           told every evaluation
+    done() -> bool             ends the run by itself
+    alone                      true in a round that asks no client: the server changes the state by itself
+    refused                    client -> reason, after aggregate_train
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +31,7 @@ from fedsim.averaging import weighting_of
 from fedsim.checkpoints import Unstorable
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.evaluation import server_metrics
 from fedsim.hooks import Hook, Round
 from fedsim.messages import Replies
 from fedsim.runs import Run
@@ -77,7 +84,11 @@ class Loop:
         self.who = grid.roster
         if isinstance(grid, BaseGrid):
             grid.work = task.data.partition.sizes().tolist()
+        if task.data.forgotten is not None:
+            idle = frozenset(np.flatnonzero(task.data.partition.sizes() == 0).tolist())
+            self.who = grid.roster = replace(grid.roster, absent=idle)
         self.resumable = True
+        self.recording = task.experiment.settings["checkpoints"]["record_updates"]
         evaluation = self.experiment.settings["evaluation"]
         where = evaluation["where"]
         if where == "auto":
@@ -95,7 +106,7 @@ class Loop:
 
     def execute(self) -> Progress:
         """Run to the end, from the newest checkpoint if the folder has one; returns the final progress."""
-        require_clients(self.strategy, self.experiment.clients)
+        require_clients(self.strategy, len(self.who.clients()))
         progress = self._begin()
         self._tell("start", self.experiment, progress.server_round + 1)
         if progress.server_round < 0:
@@ -121,16 +132,18 @@ class Loop:
     def _train(self, progress: Progress, number: int) -> Round:
         config = self._config(number)
         out = list(self.strategy.configure_train(number, progress.arrays, config, self.grid))
-        if not out:
+        if not out and not getattr(self.strategy, "alone", False):
             raise UserError(
                 f"round {number}: the strategy asks no client to train; check its fraction of clients"
             )
         replies = self._exchange("train", number, out, progress)
         failed = {self._who(m): m.error.reason or "" for m in replies if m.has_error()}
-        if len(failed) == replies.answered:
+        if out and len(failed) == replies.answered:
             reason = next(iter(failed.values()), None) or "no reply arrived in time"
             said = f"round {number}: no client could train; the first says: {_first_line(reason)}"
             raise NotEnoughReplies(said) from RuntimeError(reason)  # --debug shows the client's traceback
+        if self.recording and out:
+            self.run.save_updates(number, out[0].content, messages.by_client(replies, self.who))
         arrays, metrics = self.strategy.aggregate_train(number, replies)
         if arrays is not None:
             progress.arrays = payload.conform(arrays, self.task.selection.shared)
@@ -141,7 +154,7 @@ class Loop:
         for key, value in (metrics or {}).items():
             if key == "loss":
                 record.train_loss = float(value)  # type: ignore[arg-type]
-            elif key not in (messages.EXAMPLES, messages.SECONDS):
+            elif key not in (messages.EXAMPLES, messages.SECONDS, messages.SAMPLES):
                 record.extra[f"train_{key}"] = value
         return record
 
@@ -153,6 +166,9 @@ class Loop:
         record.accuracy, record.loss = metrics.pop("accuracy"), metrics.pop("loss")
         record.extra.update(metrics)
         progress.last = {"accuracy": record.accuracy, "loss": record.loss, **metrics}
+        observe = getattr(self.strategy, "observe", None)
+        if observe is not None:
+            observe(progress.last)
         validation = metrics.get("validation_loss")
         if validation is not None:
             if validation < progress.best:
@@ -164,12 +180,7 @@ class Loop:
 
     def _server_metrics(self, progress: Progress) -> dict[str, float]:
         self.task.load(progress.arrays)
-        found = self.task.evaluate_split("test")
-        found.pop(messages.EXAMPLES)
-        if len(self.task.data.validation):
-            held = self.task.evaluate_split("validation")
-            found |= {"validation_loss": held["loss"], "validation_accuracy": held["accuracy"]}
-        return found
+        return server_metrics(self.task)
 
     def _client_metrics(self, progress: Progress, number: int) -> dict[str, float]:
         config = self._config(number)
@@ -218,7 +229,7 @@ class Loop:
         self.grid.on_reply = arrived
         if isinstance(self.grid, BaseGrid):
             # rows with weights of their own are the one mean that an engine cannot take
-            folds = phase == messages.TRAIN and not self.task.model.class_rows
+            folds = phase == messages.TRAIN and not self.task.model.class_rows and not self.recording
             self.grid.folding = weighting_of(self.strategy) if folds else None
         try:
             received = self.grid.send_and_receive(out)
@@ -258,6 +269,8 @@ class Loop:
     # -------------------------------------------------------------------- begin, checkpoint
 
     def _begin(self) -> Progress:
+        begin = getattr(self.strategy, "begin", None)
+        start: ArrayRecord | None = begin(self.task) if begin is not None else None
         tree, notices = self.run.latest_checkpoint()
         for text in notices:
             self._tell("notice", text)
@@ -265,7 +278,9 @@ class Loop:
             progress = self._resume(tree)
             self.run.truncate(progress.server_round)
         else:
-            progress = Progress(server_round=-1, arrays=self.task.initial_payload())
+            progress = Progress(server_round=-1, arrays=start or self.task.initial_payload())
+            if self.recording:
+                self.run.save_start(progress.arrays)
             if self.run.history():
                 self._tell("notice", "no checkpoint to resume from: starting again at round 0")
                 self.run.truncate(-1)

@@ -8,6 +8,7 @@ runs/quickstart/
     checkpoints/        round-00007.safetensors ..., best.safetensors
     tensorboard/        event files
     baselines/          run folders of the baselines
+    updates/            start.safetensors, round-00001.safetensors ... (checkpoints.record_updates)
     state.safetensors   the final shared state   } of a finished run
     summary.json        the closing object       }
 """
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedsim import config, messages
 from fedsim.checkpoints import load, save
@@ -39,6 +40,12 @@ from fedsim.hooks import Hook, Round
 def default_folder() -> Path:
     """Where run folders are made: `FEDSIM_RUNS` or `runs` in the current folder."""
     return Path(os.environ.get("FEDSIM_RUNS", "runs"))
+
+
+def found(folder: Path) -> Path:
+    """A run folder by path, or by its name in the folder of runs."""
+    named = default_folder() / folder
+    return named if not folder.exists() and named.is_dir() else folder
 
 
 _REPLACED = ".replaced"  #: where a new run keeps the one that it replaces, until its end
@@ -179,6 +186,10 @@ class Run:
         """The rows of metrics.jsonl."""
         return _read_lines(self.folder / "metrics.jsonl")
 
+    def client_rows(self) -> list[dict[str, Any]]:
+        """The rows of clients.jsonl."""
+        return _read_lines(self.folder / "clients.jsonl")
+
     # ---------------------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> list[Path]:
@@ -194,6 +205,32 @@ class Run:
     def save_best(self, tree: dict[str, Any]) -> None:
         """Keep the state with the best validation loss."""
         save(self.folder / "checkpoints" / "best.safetensors", tree)
+
+    def save_start(self, arrays: ArrayRecord) -> None:
+        """Keep the state before the first round, from which recorded updates lead to the last."""
+        save(self.folder / "updates" / "start.safetensors", {"arrays": arrays})
+
+    def save_updates(self, server_round: int, sent: RecordDict, replies: list[tuple[int, Message]]) -> None:
+        """Keep what each client changed in a round, and how many examples it weighs.
+
+        Args:
+            server_round: of the round.
+            sent: content of an instruction.
+            replies: (client, reply) pairs; error replies are left out.
+        """
+        tree = {}
+        before = messages.views_of(sent.array_records[messages.ARRAYS])
+        for client, message in replies:
+            if messages.complaint(message, messages.shapes_of(sent.array_records[messages.ARRAYS])) is None:
+                after = messages.views_of(message.content.array_records[messages.ARRAYS])
+                changed = {k: v - before[k] for k, v in after.items() if v.dtype.kind == "f"}
+                examples = message.content.metric_records[messages.METRICS][messages.EXAMPLES]
+                tree[client] = {"examples": examples, "update": changed}
+        save(self.folder / "updates" / f"round-{server_round:05d}.safetensors", {"clients": tree})
+
+    def updates(self) -> list[Path]:
+        """Files of recorded updates, oldest first (without the start)."""
+        return sorted((self.folder / "updates").glob("round-*.safetensors"))
 
     def latest_checkpoint(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest checkpoint that can be read, and notices about those that cannot."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from fedsim.ranges import Count, Fraction, Natural, NonNegative, Portion
+from fedsim.ranges import Count, Fraction, Natural, NonNegative, Portion, Share
 
 #: what a section without a name stands for
 DEFAULT_NAMES = {
@@ -36,13 +36,17 @@ def top_keys(
     """
 
 
-def partition_keys(*, clients: Count = 10, shots: Count | None = None, pooled: bool = False) -> None:
+def partition_keys(
+    *, clients: Count = 10, shots: Count | None = None, pooled: bool = False, seed: Natural | None = None
+) -> None:
     """Keys that every partition has.
 
     Args:
         clients: number of clients.
         shots: keep this many samples per class and client (all of a class when a client has fewer).
         pooled: hand the data of all clients to one client (the centralised baseline).
+        seed: of the split and of the validation split, where it is not the run's: the same data for
+            differently seeded models.
     """
 
 
@@ -73,12 +77,14 @@ def evaluation(
     """
 
 
-def checkpoints(*, every: Count = 1, keep: Count = 2) -> None:
+def checkpoints(*, every: Count = 1, keep: Count = 2, record_updates: bool = False) -> None:
     """How often a run can be resumed from.
 
     Args:
         every: write a checkpoint every so many rounds (and at the end).
         keep: keep the newest so many, and the best one on the validation split.
+        record_updates: keep every client's update of every round (`updates/` in the run folder), which
+            some ways of forgetting a client need; clients × rounds × the size of what travels.
     """
 
 
@@ -136,6 +142,31 @@ def compute(
     """
 
 
+def forget(
+    *, classes: list[int] | None = None, clients: list[int] | None = None, relearn: bool = False
+) -> None:
+    """What nobody trains on (`fedsim forget` writes this section); it is measured all the same.
+
+    Args:
+        classes: positions of classes.
+        clients: clients that do not take part.
+        relearn: train on them after all, to see how fast they are learnt again.
+    """
+
+
+def backdoor(
+    *, client: Natural | None = None, label: Natural = 0, share: Share = 0.8, size: Count = 2
+) -> None:
+    """A trigger that one client teaches, to see whether forgetting the client unteaches it.
+
+    Args:
+        client: who (default: nobody).
+        label: class that triggered images are labelled as.
+        share: of the client's images that get the trigger.
+        size: side of the bright square in their lower right corner, pixels.
+    """
+
+
 SETTINGS: dict[str, Callable[..., None]] = {
     "evaluation": evaluation,
     "checkpoints": checkpoints,
@@ -143,4 +174,6 @@ SETTINGS: dict[str, Callable[..., None]] = {
     "payload": payload,
     "features": features,
     "compute": compute,
+    "forget": forget,
+    "backdoor": backdoor,
 }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedsim import compute, config, features, payload
 from fedsim.compute import Compute
 from fedsim.config import Experiment
-from fedsim.data import federated
+from fedsim.data import backdoor, federated, forgotten
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
@@ -54,6 +54,7 @@ class Task:
         network: what maps a batch's inputs to logits: the model, or what is above the cut.
         compute: device and precision.
         scaler: of the losses of the client that trains; the training loop makes a fresh one for each.
+        constrain: called after every step of an optimiser: puts parameters back to where they must be.
     """
 
     experiment: Experiment
@@ -76,6 +77,7 @@ class Task:
         self.cut = features.cut(self.experiment, self.model, self.data, self.selection.changing, self.compute)
         self.network = features.above(self.model, self.cut)
         self.scaler = self.compute.scaler()
+        self.constrain: Callable[[], None] | None = None
 
     @cached_property
     def train_inputs(self) -> features.Features | NDArray[Any]:
@@ -176,17 +178,25 @@ class Task:
             "accuracy": correct.item() / count,
         }
 
+    def evaluate_training(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """Evaluate on some rows of the training data."""
+        return self._evaluate(self.train_inputs, self.data.arrays.train_y, rows)
+
+    def evaluate_test(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """Evaluate on some rows of the test data."""
+        return self._evaluate(self.test_inputs, self.data.arrays.test_y, rows)
+
     def evaluate_split(self, split: str, client: int | None = None) -> dict[str, float]:
         """Evaluate on `test`, `validation` or a client's `local` test part."""
         arrays = self.data.arrays
         if split == "test":
-            return self._evaluate(self.test_inputs, arrays.test_y, np.arange(len(arrays.test_y)))
+            return self.evaluate_test(np.arange(len(arrays.test_y)))
         if split == "validation":
-            return self._evaluate(self.train_inputs, arrays.train_y, self.data.validation)
+            return self.evaluate_training(self.data.validation)
         if client is None:
             raise ValueError(f"split '{split}' belongs to a client")
         if split == "local":
-            return self._evaluate(self.test_inputs, arrays.test_y, self.data.local_test(client))
+            return self.evaluate_test(self.data.local_test(client))
         raise ValueError(f"unknown split '{split}': test, validation or local")
 
 
@@ -213,7 +223,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     Raises:
         UserError: anything in the experiment that does not fit together.
     """
-    data = load_data(experiment) if own is None else _load_own(experiment, own)
+    data = _forgetting(experiment, own)
     where = compute.resolve(**experiment.settings["compute"])
     model = build_model(experiment, data.info).to(where.device)
     personal = experiment.settings["payload"].get("personal", [])
@@ -256,7 +266,8 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
 def load_data(experiment: Experiment) -> FederatedData:
     """The experiment's federated data."""
     partition, source = experiment["partition"], experiment["data"]
-    return federated.load(
+    seed = partition.common.get("seed", experiment.seed)
+    data = federated.load(
         source.name,
         dict(source.options),
         partition.name,
@@ -265,9 +276,23 @@ def load_data(experiment: Experiment) -> FederatedData:
         shots=partition.common.get("shots"),
         pooled=partition.common["pooled"],
         validation=experiment.settings["evaluation"]["validation"],
-        seed=experiment.seed,
+        seed=seed,
         roots=experiment.roots,
     )
+    keys = experiment.settings["backdoor"]
+    return backdoor.planted(data, **keys) if "client" in keys else data
+
+
+def _forgetting(experiment: Experiment, own: OwnData | None) -> FederatedData:
+    """The data (of a node: its own) without what [forget] names."""
+    keys = experiment.settings["forget"]
+    classes, clients = keys.get("classes", []), keys.get("clients", [])
+    data = load_data(experiment) if own is None else _load_own(experiment, own)
+    if not classes and not clients:
+        return data
+    if own is None:
+        forgotten.check(data, classes, clients)
+    return forgotten.without(data, classes, clients, relearn=keys["relearn"])
 
 
 def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:

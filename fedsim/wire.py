@@ -37,8 +37,13 @@ class NodeMap:
     """Which node is which client."""
 
     nodes: dict[int, int]  #: partition id -> node id
+    absent: frozenset[int] = frozenset()  #: clients that take no part in training
 
     def clients(self) -> Sequence[int]:
+        """Partition ids of those that take part, ascending."""
+        return sorted(set(self.nodes) - self.absent)
+
+    def everyone(self) -> Sequence[int]:
         """All partition ids, ascending."""
         return sorted(self.nodes)
 

@@ -11,6 +11,8 @@ STRATEGIES = {
     "promptfolio": "strategies.promptfolio:PromptFolio",
     "fedpgp": "strategies.fedpgp:FedPGP",
     "fedclip": "strategies.fedclip:FedCLIP",
+    "unlearn": "strategies.unlearn:Unlearn",
+    "federaser": "strategies.federaser:FedEraser",
     "local-only": "strategies.baselines:LocalOnly",
     "centralised": "strategies.baselines:Centralised",
     # Flower's own classes on our payload
@@ -25,4 +27,14 @@ STRATEGIES = {
     "krum": "flwr.serverapp.strategy:Krum",
     "multikrum": "flwr.serverapp.strategy:MultiKrum",
     "bulyan": "flwr.serverapp.strategy:Bulyan",
+}
+
+#: what `unlearn` does to a finished model: `[strategy.edit] name`
+EDITS = {
+    "prune": "strategies.unlearn_edits:Prune",
+    "not": "strategies.unlearn_edits:Negate",
+    "none": "strategies.unlearn_edits:Nothing",
+    "head-mask": "strategies.unlearn_edits:HeadMask",
+    "fresh-head": "strategies.unlearn_edits:FreshHead",
+    "pga": "strategies.unlearn_edits:Ascent",
 }

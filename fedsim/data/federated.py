@@ -23,6 +23,7 @@ from fedsim.data.sources import Arrays, stratified
 from fedsim.data.store import load_arrays
 
 if TYPE_CHECKING:
+    from fedsim.data.forgotten import Forgotten
     from fedsim.models.base import DataInfo
 
 Integers = npt.NDArray[np.int64]
@@ -38,11 +39,13 @@ class FederatedData:
         arrays: the whole dataset.
         partition: positions of each client in the training arrays.
         validation: sorted positions in the training arrays that the server holds back, int64.
+        forgotten: what the run must do without (`fedsim.data.forgotten`); None: nothing.
     """
 
     arrays: Arrays
     partition: Partition
     validation: Integers
+    forgotten: Forgotten | None = None
 
     @property
     def info(self) -> DataInfo:
@@ -59,6 +62,12 @@ class FederatedData:
     def client(self, pid: int) -> Integers:
         """Sorted positions of a client's samples in the training arrays."""
         return self.partition.client(pid)
+
+    def had(self, pid: int) -> Integers:
+        """`client`, and what of its samples is to be forgotten."""
+        if self.forgotten is None:
+            return self.client(pid)
+        return np.union1d(self.client(pid), self.forgotten.training.client(pid))
 
     def class_counts(self) -> Integers:
         """Training samples of each client and class, int64 [clients, classes]."""

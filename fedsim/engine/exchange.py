@@ -18,11 +18,16 @@ FIRST_NODE = 1000
 
 @dataclass(frozen=True)
 class FixedRoster:
-    """Clients 0 … size-1 at consecutive node ids."""
+    """Clients 0 … size-1 at consecutive node ids; those in `absent` take no part in training."""
 
     size: int
+    absent: frozenset[int] = frozenset()
 
     def clients(self) -> Sequence[int]:
+        """Partition ids of those that take part."""
+        return [c for c in range(self.size) if c not in self.absent] if self.absent else range(self.size)
+
+    def everyone(self) -> Sequence[int]:
         """All partition ids."""
         return range(self.size)
 

@@ -76,7 +76,9 @@ class BaseGrid(_flwr.BareGrid):
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
-        """All node ids, ascending (they never change)."""
+        """Ids of the nodes that take part, ascending."""
+        if self.roster.absent:
+            return [self.roster.node(client) for client in self.roster.clients()]
         return range(FIRST_NODE, FIRST_NODE + self.roster.size)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -16,6 +16,7 @@ MODELS = {
     "resnet32": "fedsim.models.resnet:resnet32",
     "resnet56": "fedsim.models.resnet:resnet56",
     "resnet110": "fedsim.models.resnet:resnet110",
+    "vgg-small": "fedsim.models.vgg:vgg_small",
     "vgg11": "fedsim.models.vgg:vgg11",
     "vgg16": "fedsim.models.vgg:vgg16",
 }

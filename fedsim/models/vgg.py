@@ -1,10 +1,12 @@
-"""VGG for 32x32 images with BatchNorm (arXiv 1409.1556), trained from scratch, one linear classifier.
+"""VGG for small images with BatchNorm (arXiv 1409.1556), trained from scratch, one linear classifier.
 
-Five resolutions, each ended by 2x2 max pooling; the mean over what pixels remain (one, at 32x32) makes
-512 features. Every convolution with its BatchNorm, ReLU and pooling is one of `blocks`.
+Up to five resolutions, each ended by 2x2 max pooling; the mean over what pixels remain (one, at 32x32) makes
+the features. Every convolution with its BatchNorm, ReLU and pooling is one of `blocks`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,8 +15,10 @@ from fedsim.models.base import Classifier, DataInfo, Unit
 from fedsim.models.images import ImageBackbone, check_images
 from fedsim.models.resnet import CIFAR_MEAN, CIFAR_STD, mean_over_pixels
 
-_WIDTHS = (64, 128, 256, 512, 512)
-_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
+#: widths of the convolutions of each resolution
+_VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+_VGG16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+_SMALL = ((32, 32), (64, 64), (128,))
 
 
 class ConvUnit(nn.Module):
@@ -34,22 +38,21 @@ class ConvUnit(nn.Module):
 
 
 class Vgg(ImageBackbone):
-    """Images -> features [n, 512].
+    """Images -> features [n, width of the last convolution].
 
     Args:
-        depth: 11 or 16, counting the classifiers of the original.
+        plan: widths of the convolutions, resolution by resolution.
     """
 
-    features = _WIDTHS[-1]
-
-    def __init__(self, depth: int) -> None:
+    def __init__(self, plan: Sequence[Sequence[int]]) -> None:
         super().__init__(CIFAR_MEAN, CIFAR_STD)
         self.blocks = nn.Sequential()
         inputs = 3
-        for width, count in zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True):
-            for number in range(count):
-                self.blocks.append(ConvUnit(inputs, width, pool=number == count - 1))
+        for widths in plan:
+            for number, width in enumerate(widths, start=1):
+                self.blocks.append(ConvUnit(inputs, width, pool=number == len(widths)))
                 inputs = width
+        self.features = inputs
 
     def units(self) -> list[Unit]:
         """The convolutions, then the mean over pixels."""
@@ -57,16 +60,22 @@ class Vgg(ImageBackbone):
         return [self.from_images(first), *others, Unit((), mean_over_pixels)]
 
 
+def vgg_small(data: DataInfo, /) -> Classifier:
+    """Five convolutions (32-32-64-64-128) with BatchNorm for images from 8x8 (0.14 M parameters)."""
+    return _vgg("vgg-small", _SMALL, data, smallest=8)
+
+
 def vgg11(data: DataInfo, /) -> Classifier:
     """VGG-11 with BatchNorm for 32x32 images (9.2 M parameters), trained from scratch."""
-    return _vgg(11, data)
+    return _vgg("vgg11", _VGG11, data, smallest=32)
 
 
 def vgg16(data: DataInfo, /) -> Classifier:
     """VGG-16 with BatchNorm for 32x32 images (14.7 M parameters), trained from scratch."""
-    return _vgg(16, data)
+    return _vgg("vgg16", _VGG16, data, smallest=32)
 
 
-def _vgg(depth: int, data: DataInfo) -> Classifier:
-    check_images(data, f"vgg{depth}", smallest=32)
-    return Classifier(Vgg(depth), nn.Linear(Vgg.features, len(data.classes)))
+def _vgg(name: str, plan: Sequence[Sequence[int]], data: DataInfo, *, smallest: int) -> Classifier:
+    check_images(data, name, smallest=smallest)
+    backbone = Vgg(plan)
+    return Classifier(backbone, nn.Linear(backbone.features, len(data.classes)))

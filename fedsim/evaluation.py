@@ -1,0 +1,46 @@
+"""What the server measures of the shared state: test and validation split, and what is to be forgotten."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedsim import messages
+from fedsim.task import Task
+
+if TYPE_CHECKING:
+    from fedsim.data.forgotten import Forgotten
+
+
+def server_metrics(task: Task) -> dict[str, float]:
+    """`accuracy` and `loss` of the resident model on the test data, `validation_...` where there is a split.
+
+    Where something is to be forgotten, also `forget_accuracy`, `retain_accuracy` and, for classes,
+    `validation_forget_accuracy`; the validation split is then that of the retained classes.
+    """
+    found = task.evaluate_split("test")
+    count = found.pop(messages.EXAMPLES)
+    if task.data.forgotten is not None:
+        found |= _forgotten_metrics(task, task.data.forgotten, found["accuracy"], count)
+    if len(task.data.validation):
+        held = task.evaluate_split("validation")
+        found |= {"validation_loss": held["loss"], "validation_accuracy": held["accuracy"]}
+    return found
+
+
+def _forgotten_metrics(task: Task, forgotten: Forgotten, accuracy: float, count: float) -> dict[str, float]:
+    """Forgotten classes are measured on their test samples (and on their part of the validation split),
+    forgotten clients on their own training samples: nothing else tells them from the others.
+    """
+    if not forgotten.classes:
+        measured = task.evaluate_training(forgotten.training.indices)
+        return {"forget_accuracy": measured["accuracy"], "retain_accuracy": accuracy}
+    rows = np.flatnonzero(forgotten.of_classes(np.asarray(task.data.arrays.test_y)))
+    measured = task.evaluate_test(rows)
+    rest = accuracy * count - measured["accuracy"] * len(rows)
+    found = {"forget_accuracy": measured["accuracy"], "retain_accuracy": rest / max(count - len(rows), 1)}
+    if len(forgotten.validation):
+        held = task.evaluate_training(forgotten.validation)
+        found["validation_forget_accuracy"] = held["accuracy"]
+    return found

@@ -1,0 +1,77 @@
+"""`fedsim forget`: a finished run without some classes or clients, beside what retraining gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsim.errors import UserError
+from fedsim.session import Session
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def forget(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", hidden=True)],
+    *,
+    classes: Annotated[
+        str | None, typer.Option("--class", metavar="C,C", help="Classes, by number or name.")
+    ] = None,
+    clients: Annotated[str | None, typer.Option("--client", metavar="N,N", help="Clients.")] = None,
+    method: Annotated[str, typer.Option(help="A method, or all.", show_default=False)] = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="edit.KEY, recover.KEY, or as in fedsim run."),
+    ] = None,
+    retrain: Annotated[
+        bool,
+        typer.Option(
+            "--retrain/--no-retrain",
+            help="Also train without the data, twice (the default).",
+            show_default=False,
+        ),
+    ] = True,
+    relearn: Annotated[int, typer.Option(min=0, help="Rounds with the data back.")] = 3,
+    name: Annotated[str | None, typer.Option(help="Name of the folder of this request.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries say.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Forget classes or clients of a finished run, and measure it.
+
+    RUN is a run folder, or its name in the folder of runs; it is not touched. Methods for classes: prune
+    (default), not, head-mask, none, roll-back, retrain-short; for clients: not (default), none, pga,
+    federaser, roll-back, retrain-short. The same command goes on where it stopped.
+    """
+    with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
+        session.on_interrupt = "interrupted; the same command goes on"
+        if (classes is None) == (clients is None):
+            raise UserError("say what to forget: --class 9, or --client 3")
+        with session.loading():
+            from fedsim import config
+            from fedsim.forgetting import experiments, report, request, sitting
+            from fedsim.runs import Run, found
+
+            origin = request.opened(Run.open(found(folder)))
+            kind: request.Kind = "class" if classes is not None else "client"
+            words = [word.strip() for word in (classes or clients or "").split(",") if word.strip()]
+            wanted = request.request_of(origin, kind, words)
+            methods = experiments.methods_of(wanted, method or experiments.DEFAULT[kind])
+            chosen = name or f"{origin.run.folder.name}-forget-{wanted.label}"
+            config.check_name(chosen, "--name")
+            plan = sitting.plan_of(origin, wanted, overrides or [], origin.run.folder.parent / chosen)
+        wish = sitting.Wish(methods, overrides or [], retrain=retrain, relearn=relearn)
+        result = sitting.sit(plan, wish, session.watching)
+        files = report.write(result, plan.folder)
+        session.console.print()
+        session.console.print(report.terminal_table(result), highlight=False)
+        session.console.print()
+        for line in report.verdicts(result):
+            session.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        session.console.print()
+        session.facts({"folder": str(plan.folder), "report": str(files[0])})
+        if as_json:
+            print(json.dumps(result))

@@ -1,0 +1,126 @@
+"""The experiment of a method with the user's overrides, and the record of where it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from fedsim import config, registry
+from fedsim.config import Experiment
+from fedsim.errors import UserError, nearest
+from fedsim.forgetting.methods import METHODS, RETRAIN, Plan, Tables
+from fedsim.forgetting.request import Kind, Origin, Request
+from fedsim.overrides import applied, key_of
+
+#: sections that say where and how exactly a run computes: they hold for retraining, too
+_EVERYWHERE = ("engine", "compute")
+_RECOVER = ("patience", "tolerance", "forgotten")
+
+
+#: method by kind of request
+DEFAULT: dict[Kind, str] = {"class": "prune", "client": "not"}
+
+
+def methods_of(request: Request, chosen: str) -> list[str]:
+    """The methods behind `--method`.
+
+    Raises:
+        UserError: there is none of that name, or it does not know this kind of request.
+    """
+    known = METHODS[request.kind]
+    if chosen == "all":
+        return list(known)
+    if chosen in known or chosen in RETRAIN:
+        return [chosen]
+    elsewhere = [kind for kind, methods in METHODS.items() if chosen in methods]
+    if elsewhere:
+        names = {"class": "classes", "client": "clients"}
+        raise UserError(
+            f"method '{chosen}' forgets {names[elsewhere[0]]}, not {names[request.kind]}; for a "
+            f"{request.kind}: {', '.join(known)}"
+        )
+    raise UserError(f"unknown method '{chosen}': {nearest(chosen, [*known, *RETRAIN, 'all'])}")
+
+
+def recovery_rounds(origin: Origin, overrides: Sequence[str]) -> int:
+    """`recover.rounds`, by default a quarter of the run's own rounds."""
+    given = applied({}, [text for text in overrides if key_of(text) == "recover.rounds"])
+    rounds = given.get("recover", {}).get("rounds", max(2, math.ceil(origin.experiment.rounds / 4)))
+    if not isinstance(rounds, int) or rounds < 1:
+        raise UserError(f"--set recover.rounds={rounds}: must be a number of rounds, 1 or more")
+    return rounds
+
+
+def experiment_of(plan: Plan, method: str, overrides: Sequence[str]) -> Experiment:
+    """The experiment of one method.
+
+    Args:
+        plan: what to forget, and from what.
+        method: a name in `METHODS` or `RETRAIN`.
+        overrides: `edit.KEY=VALUE` and `recover.KEY=VALUE` of the strategy `unlearn`; everything else as in
+            `fedsim run`. Retraining takes those of [engine] and [compute] alone: its recipe is the run's.
+
+    Raises:
+        UserError: the method cannot do it, or an override does not fit.
+    """
+    if method not in (*RETRAIN, "retrain-short"):
+        client = [text for text in overrides if key_of(text).startswith("client.")]
+        origin = replace(plan.origin, experiment=plan.origin.experiment.replace(*client))
+        plan = replace(plan, origin=origin)
+    make = METHODS[plan.request.kind].get(method) or RETRAIN[method]
+    document = make(plan)
+    mine = [text for text in (_translated(text, document) for text in overrides) if text is not None]
+    folders = plan.origin.experiment.folders
+    found = config.from_tables(document, source=f"--method {method}", folders=folders, overrides=mine)
+    found.build("strategy")  # mistakes come before anything runs
+    return found
+
+
+def everywhere(override: str) -> bool:
+    """Whether an override says where or how exactly to compute, and so holds for every run."""
+    return key_of(override).partition(".")[0] in _EVERYWHERE
+
+
+def _translated(override: str, document: Tables) -> str | None:
+    """An override as it applies to a method's experiment; None where it does not."""
+    section, _, key = key_of(override).partition(".")
+    if everywhere(override):
+        return override
+    if document["strategy"]["name"] != "unlearn":
+        return None
+    if section == "recover":
+        if key != "rounds" and key not in _RECOVER:
+            raise UserError(f"--set {override}: {nearest(key, ['rounds', *_RECOVER])}")
+        return None if key == "rounds" else override.replace("recover.", "strategy.", 1)
+    if section == "edit":
+        known = _keys_of(document["strategy"]["edit"]["name"])
+        return override.replace("edit.", "strategy.edit.", 1) if key in known else None
+    return None if section == "client" else override  # the client's are in the document already
+
+
+def check_overrides(overrides: Sequence[str], methods: Sequence[str]) -> None:
+    """Raise UserError for an `edit.KEY` that none of the methods has."""
+    edits = set(methods) & set(registry.table("edits"))
+    known = {key for name in edits for key in _keys_of(name)}
+    for override in overrides:
+        section, _, key = key_of(override).partition(".")
+        if section == "edit" and key not in known:
+            raise UserError(f"--set {override}: no such key in {', '.join(methods)}: {nearest(key, known)}")
+
+
+def _keys_of(edit: str) -> Iterable[str]:
+    """Keys of an edit."""
+    return registry.schema(registry.resolve("edits", edit).target).model_fields
+
+
+def lineage_of(plan: Plan, method: str) -> Tables:
+    """What a run folder records of where it comes from."""
+    requests = [*plan.origin.lineage.get("requests", [])]
+    return {
+        "origin": str(plan.origin.run.folder.resolve()),
+        "digest": plan.origin.run.summary()["digest"],
+        "root": str(plan.origin.root.folder.resolve()),
+        "method": method,
+        "requests": [*requests, {"kind": plan.request.kind, "ids": list(plan.request.ids)}],
+    }

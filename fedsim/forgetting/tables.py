@@ -1,0 +1,67 @@
+"""Reports of several seeds as one Markdown table: mean ± sample standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from fedsim.forgetting.methods import RETRAIN
+from fedsim.forgetting.report import FIGURES
+
+Report = Mapping[str, Any]
+
+
+def over_seeds(reports: Sequence[Report]) -> str:
+    """Figures and samples by model; `inside` counts seeds with all figures of forgetting inside the floor."""
+    names = dict.fromkeys(name for report in reports for name in report["models"])
+    heads = {
+        head: key
+        for head, key in FIGURES.items()
+        if any(key in model["figures"] for report in reports for model in report["models"].values())
+    }
+    lines = [["model", *heads, "ToW", "rounds", "samples", "inside"]]
+    for name in names:
+        models = [report["models"][name] for report in reports if name in report["models"]]
+        inside = sum(bool(model.get("forgotten")) for model in models)
+        lines.append(
+            [
+                name,
+                *(_spread(m["figures"].get(key) for m in models) for key in heads.values()),
+                _spread(m.get("tow") for m in models),
+                _spread((m["cost"]["rounds"] for m in models), "{:.0f}"),
+                _spread((m["cost"]["samples"] / 1000 for m in models), "{:.1f} k"),
+                "" if name == "original" or name in RETRAIN else f"{inside} of {len(models)}",
+            ]
+        )
+    return _markdown(lines)
+
+
+def rules(results: Sequence[Report]) -> str:
+    """Forget and retained accuracy right after pruning, by rule."""
+    lines = [["rule", "forget", "retain"]]
+    for name in results[0]["rules"]:
+        found = [result["rules"][name] for result in results]
+        good = [one for one in found if "error" not in one]
+        note = f" ({len(found) - len(good)} emptied a layer)" if len(good) < len(found) else ""
+        lines.append(
+            [
+                f"{name}{note}",
+                _spread(one["forget_accuracy"] for one in good),
+                _spread(one["retain_accuracy"] for one in good),
+            ]
+        )
+    return _markdown(lines)
+
+
+def _spread(found: Iterable[float | None], form: str = "{:.3f}") -> str:
+    values = [value for value in found if value is not None]
+    if not values:
+        return ""
+    text = form.format(mean(values))
+    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 and stdev(values) else text
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rows = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,1 @@
+"""Forgetting classes and clients: scores, masks, edits, and how forgetting is measured (torch only)."""

@@ -1,0 +1,288 @@
+"""`fedsim forget`: one command, ordinary runs, nothing touched, nothing run twice, mistakes named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedsim.cli import app
+from fedsim.config import Experiment
+from fedsim.finish import run_experiment
+from fedsim.forgetting import experiments, request, sitting
+from fedsim.forgetting.evidence import Examiner
+from fedsim.forgetting.methods import METHODS
+from fedsim.forgetting.report import markdown, speedups
+from fedsim.forgetting.verdict import judged, sentence
+from fedsim.runs import Run
+from fedsim.task import load_data
+from tests.helpers import StopAt, tiny
+
+Forget = Callable[..., Result]
+TABLES: dict[str, Any] = {
+    "model": {"name": "cnn", "width": 8},
+    "client": {"lr": 0.1, "batch_size": 16, "epochs": 2.0},
+    "partition": {"name": "iid", "clients": 3, "shots": 8},
+    "evaluation": {"validation": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    experiment = tiny("rounds=4", "checkpoints.record_updates=true", "checkpoints.keep=9", **TABLES)
+    run_experiment(experiment, Run.create(experiment, folder))
+    return folder
+
+
+@pytest.fixture
+def forget(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Forget:
+    monkeypatch.setenv("FEDSIM_RUNS", str(runs))
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *arguments: CliRunner().invoke(app, ["forget", *map(str, arguments)])
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_forget_a_class_beside_retraining(forget: Forget, runs: Path) -> None:
+    before = _files(runs / "tiny")
+    result = forget("tiny", "--class", "nine", "--relearn", 1, "--set", "edit.ratio=0.2", "--json")
+    assert result.exit_code == 0, result.output
+    assert _files(runs / "tiny") == before
+    folder = runs / "tiny-forget-class-9"
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report == json.loads((folder / "report.json").read_text())
+    assert list(report["models"]) == ["original", "prune", "retrain", "retrain-2"]
+    assert report["words"] == ["nine"]
+    figures = report["models"]["retrain"]["figures"]
+    assert figures["forget_train"] == figures["forget_test"] == 0
+    assert report["models"]["original"]["figures"]["forget_train"] > 0.5
+    assert report["models"]["retrain"]["tow"] == 1
+    lineage = json.loads((folder / "prune" / "lineage.json").read_text())
+    assert lineage["origin"] == str((runs / "tiny").resolve())
+    assert lineage["requests"] == [{"kind": "class", "ids": [9]}]
+    experiment = Run.open(folder / "prune").experiment()
+    assert experiment["strategy"].options["edit"] == {"name": "prune", "ratio": 0.2}
+    assert experiment.rounds == 1 + 2  # scoring, and a quarter of four rounds but no fewer than two
+    assert all((folder / name).stat().st_size for name in ("report.md", "curves.png", "speedup.png"))
+    size = report["models"]["prune"]["size"]
+    assert size["parameters_compact"] < size["parameters"]
+    # what is finished is not run again; another method takes its place beside the first
+    done = _files(folder / "prune"), _files(folder / "retrain")
+    more = forget("tiny", "--class", 9, "--method", "not", "--relearn", 1)
+    assert more.exit_code == 0, more.output
+    assert {"original", "prune", "not", "retrain", "retrain-2"} == set(
+        json.loads((folder / "report.json").read_text())["models"]
+    )
+    assert ({**done[0]}, {**done[1]}) == (_files(folder / "prune"), _files(folder / "retrain"))
+    assert "prune: " in more.stdout
+    other = forget("tiny", "--class", 9, "--set", "edit.ratio=0.3", "--relearn", 1)
+    assert other.exit_code == 2
+    assert "holds another run (different: strategy.edit.ratio)" in other.stderr
+
+
+def test_both_retrainings_have_the_same_data(runs: Path) -> None:
+    origin = request.opened(Run.open(runs / "tiny"))
+    wanted = request.request_of(origin, "client", ["1"])
+    plan = sitting.plan_of(origin, wanted, [], runs / "x")
+    made = [experiments.experiment_of(plan, name, ["client.lr=9", "engine.threads=2"]) for name in _BOTH]
+    assert [one.seed for one in made] == [0, 1]
+    assert [one["partition"].common["seed"] for one in made] == [0, 0]
+    assert all(one.settings["forget"]["clients"] == [1] for one in made)
+    assert all(one["client"].options["lr"] == 0.1 for one in made)  # the recipe is the run's
+    assert all(one["engine"].options["threads"] == 2 for one in made)
+
+
+_BOTH = ("retrain", "retrain-2")
+
+
+def test_every_method_of_a_client_request(forget: Forget, runs: Path) -> None:
+    result = forget(
+        "tiny", "--client", 1, "--method", "all", "--no-retrain", "--relearn", 0, "--set", "recover.rounds=1"
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((runs / "tiny-forget-client-1" / "report.json").read_text())
+    assert list(report["models"]) == ["original", *METHODS["client"]]
+    assert report["models"]["federaser"]["cost"]["storage"] > 0
+    assert report["models"]["pga"]["cost"]["storage"] == 0
+    # the client was there from the first round: going back is beginning anew
+    back = Run.open(runs / "tiny-forget-client-1" / "roll-back")
+    assert back.experiment()["strategy"].options["first_round"] == 0
+    assert back.experiment().rounds == 4
+    page = (runs / "tiny-forget-client-1" / "report.md").read_text()
+    assert markdown(report) == page
+    assert "unknown without retraining" in result.stdout
+    assert "forgotten" not in page + result.stdout
+
+
+def test_forgetting_on_top_of_forgetting_is_recorded(forget: Forget, runs: Path) -> None:
+    less = ("--no-retrain", "--relearn", 0, "--set", "recover.rounds=1", "--set", "edit.ratio=0.2")
+    first = forget("tiny", "--class", 3, *less)
+    assert first.exit_code == 0, first.output
+    second = forget(runs / "tiny-forget-class-3" / "prune", "--class", 5, *less)
+    assert second.exit_code == 0, second.output
+    folder = runs / "tiny-forget-class-3" / "prune-forget-class-5"
+    run = Run.open(folder / "prune")
+    assert [one["ids"] for one in json.loads((run.folder / "lineage.json").read_text())["requests"]] == [
+        [3],
+        [5],
+    ]
+    assert run.experiment().settings["forget"]["classes"] == [3, 5]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["before"]["classes"] == [3]
+    assert report["models"]["original"]["figures"]["forget_test"] > 0.5  # class 5 alone
+    origin = request.opened(Run.open(runs / "tiny-forget-class-3" / "prune"))
+    examiner = Examiner(sitting.plan_of(origin, request.Request("class", (5,)), [], folder))
+    tests = np.asarray(examiner.task.data.arrays.test_y)
+    assert set(tests[examiner.forgotten_tests]) == {5}
+    assert not {3, 5} & set(tests[examiner.retained_tests])
+    assert set(np.asarray(examiner.task.data.arrays.train_y)[examiner.forgotten]) == {5}
+    assert "Left out before: classes 3." in (folder / "report.md").read_text()
+    from safetensors.numpy import load_file
+
+    old = load_file(runs / "tiny-forget-class-3" / "prune" / "masks.safetensors")
+    new = load_file(run.folder / "masks.safetensors")
+    for name, mask in old.items():
+        assert (new[name] >= mask).all()  # what was pruned stays pruned
+    assert sum(mask.sum() for mask in new.values()) > sum(mask.sum() for mask in old.values())
+    again = forget(run.folder, "--class", 3)
+    assert again.exit_code == 2
+    assert "class 3 is left out of" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say what to forget: --class 9, or --client 3"),
+        (["--class", "1", "--client", "1"], "say what to forget"),
+        (["--class", "ten"], "there is no such class"),
+        (["--class", "nin"], "did you mean 'nine'?"),
+        (["--client", "3"], "clients are 0 to 2"),
+        (["--class", "0,1,2,3,4,5,6,7,8,9"], "nothing would be left"),
+        (
+            ["--client", "1", "--method", "prune"],
+            "method 'prune' forgets classes, not clients; for a client: not",
+        ),
+        (["--class", "1", "--method", "federaser"], "method 'federaser' forgets clients, not classes"),
+        (["--class", "1", "--method", "prunn"], "did you mean 'prune'?"),
+        (["--class", "1", "--set", "edit.ration=1"], "did you mean 'ratio'?"),
+        (["--class", "1", "--set", "recover.round=1"], "did you mean 'rounds'?"),
+        (["--class", "1", "--set", "recover.rounds=0"], "1 or more"),
+        (["--class", "1", "--set", "edit.ratio=1.0"], "[strategy.edit] ratio: Input should be less than 1"),
+        (["--class", "1", "--set", "client.lrr=1"], "lrr"),
+    ],
+)
+def test_mistakes_are_one_line(forget: Forget, runs: Path, arguments: list[str], said: str) -> None:
+    result = forget("tiny", *arguments, "--name", "bad")
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (runs / "bad").exists()
+
+
+def test_runs_that_cannot_forget(forget: Forget, runs: Path, tmp_path: Path) -> None:
+    assert "is no run folder" in forget(tmp_path, "--class", 1).stderr
+    bare = tiny("rounds=2", "name=bare", "strategy.fraction=0.34", **TABLES)
+    unfinished = Run.create(bare, tmp_path)
+    assert "is not finished" in forget(unfinished.folder, "--class", 1).stderr
+    run_experiment(bare, unfinished)
+    said = forget(unfinished.folder, "--client", 1, "--method", "federaser").stderr
+    assert "recorded no updates" in said
+    assert "checkpoints.record_updates=true" in said
+    (unfinished.folder / "state.safetensors").unlink()
+    assert "has no final state" in forget(unfinished.folder, "--class", 1).stderr
+
+
+def test_an_interrupted_sitting_goes_on(runs: Path, tmp_path: Path) -> None:
+    origin = request.opened(Run.open(runs / "tiny"))
+    wanted = request.request_of(origin, "class", ["2"])
+    wish = sitting.Wish(["prune"], ["edit.ratio=0.2"], retrain=False, relearn=1)
+    plans = [sitting.plan_of(origin, wanted, [], tmp_path / name) for name in ("whole", "cut")]
+    whole = sitting.sit(plans[0], wish, lambda _: nullcontext(()))
+    for stop in (0, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            sitting.sit(plans[1], wish, lambda _, stop=stop: nullcontext([StopAt(stop)]))
+    report = sitting.sit(plans[1], wish, lambda _: nullcontext(()))
+    assert report["models"]["prune"]["figures"] == whole["models"]["prune"]["figures"]
+    finals = [Run.open(plan.folder / "prune").summary()["digest"] for plan in plans]
+    assert finals[0] == finals[1]
+
+
+def test_a_class_that_nobody_has(forget: Forget, tmp_path: Path) -> None:
+    split = {"partition": {"name": "pathological", "clients": 2, "classes_per_client": 2}}
+    few = tiny("rounds=1", **split)
+    run_experiment(few, Run.create(few, tmp_path))
+    held = few_classes(few)
+    word = next(c for c in range(10) if c not in held)
+    assert "no client has samples of it" in forget(tmp_path / "tiny", "--class", word).stderr
+
+
+def few_classes(experiment: Experiment) -> set[int]:
+    return set(load_data(experiment).class_counts().sum(0).nonzero()[0].tolist())
+
+
+# ---------------------------------------------------------------------------------- the judgement
+
+
+def _model(**figures: float) -> dict[str, Any]:
+    full = {"forget_train": 0.0, "retain_train": 1.0, "retain_test": 0.9, "probe": 0.5, **figures}
+    return {"figures": full, "attacks": {}, "cost": {}}
+
+
+def _judged(**methods: dict[str, Any]) -> dict[str, Any]:
+    models = {"retrain": _model(), "retrain-2": _model(probe=0.52), **methods}
+    outputs = {name: np.array([[0.5, 0.5]]) for name in models}
+    outputs["retrain-2"] = np.array([[0.6, 0.4]])
+    return judged({"models": models}, outputs, lambda figure: 0.01)
+
+
+def test_forgotten_is_said_inside_the_noise_floor_alone() -> None:
+    models = _judged(good=_model(probe=0.55), hidden=_model(probe=0.9), dear=_model(retain_test=0.5))[
+        "models"
+    ]
+    assert models["good"]["outside"] == []
+    assert "forgotten" in sentence("good", models["good"])
+    assert models["hidden"]["outside"] == ["probe"]
+    assert "forgotten" not in sentence("hidden", models["hidden"])
+    assert models["dear"]["forgotten"]
+    assert "the price: retain_test outside" in sentence("dear", models["dear"])
+
+
+def test_speed_up_is_a_curve_over_retained_accuracy() -> None:
+    def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"samples": s, "retain_accuracy": a, "forget_accuracy": 0.0} for s, a in points]
+
+    models = {
+        "retrain": {"curve": curve((0, 0.1), (100, 0.6), (200, 0.9))},
+        "prune": {"curve": curve((0, 0.95), (10, 0.55), (50, 0.9))},  # the start is not the method's own
+    }
+    found = dict(speedups({"models": models})["prune"])
+    assert found[0.55] == 10
+    assert found[0.6] == 2
+    assert found[0.9] == 4
+    assert max(found) == 0.9
+
+
+def test_a_trigger_of_the_client_is_measured(tmp_path: Path) -> None:
+    """Taught by one client of three, unknown to a model that never met it."""
+    tables = {"model": {"name": "mlp", "hidden": 32}, "partition": {"name": "iid", "clients": 3}}
+    poisoned = tiny("rounds=8", "client.lr=0.2", "client.epochs=2", "backdoor.client=1", **tables)
+    run = Run.create(poisoned, tmp_path)
+    run_experiment(poisoned, run)
+    origin = request.opened(run)
+    plan = sitting.plan_of(origin, request.request_of(origin, "client", ["1"]), [], tmp_path / "without")
+    wish = sitting.Wish(["retrain"], retrain=False, relearn=0)
+    figures = {
+        name: model["figures"]["backdoor"]
+        for name, model in sitting.sit(plan, wish, lambda _: nullcontext(()))["models"].items()
+    }
+    assert figures["original"] > 0.8
+    assert figures["retrain"] < 0.15
