@@ -228,7 +228,8 @@ def bench(
 ) -> None:
     """Measure this engine beside Flower's and a plain loop.
 
-    WORKLOAD is lenet, cnn, noop-1000, ... (default: all; about half an hour on two cores).
+    WORKLOAD is lenet, cnn, noop-1000, ... (default: all; about half an hour on two cores). pfl-research takes
+    part where FEDSIM_PFL_PYTHON names the python of an environment that has it.
     """
     with Session(debug=debug):
         import subprocess

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import apps
 import loop
 import numpy as np
 import workloads
@@ -59,8 +60,8 @@ def _fedsim(
         if folding:
             grid.folding = "examples"
 
-    app = workloads.server_app(workload, rounds, times.extend, averaging if folding else FedAvg, prepare)
-    simulate(app, workloads.client_app(workload), workload.clients, engine="ray", workers=CORES)
+    app = apps.server_app(workload, rounds, times.extend, averaging if folding else FedAvg, prepare)
+    simulate(app, apps.client_app(workload), workload.clients, engine="ray", workers=CORES)
 
 
 def _experiment(engine: str, rounds: int) -> list[float]:
@@ -93,8 +94,8 @@ def _flower(workload: workloads.Workload, rounds: int, times: list[float]) -> No
     from flwr.simulation import run_simulation
 
     run_simulation(
-        server_app=workloads.server_app(workload, rounds, times.extend),
-        client_app=workloads.client_app(workload),
+        server_app=apps.server_app(workload, rounds, times.extend),
+        client_app=apps.client_app(workload),
         num_supernodes=workload.clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},

@@ -4,6 +4,9 @@
     fedsim bench lenet cnn --repeat 7
     python experiments/bench/run.py ...   the same from a checkout
 
+pfl-research takes part where FEDSIM_PFL_PYTHON names the python of an environment that has it
+(`contender_pfl.py` tells how to make one).
+
 Absolute seconds belong to the machine; the ratios, measured side by side, are what to compare.
 """
 
@@ -11,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from fedsim.files import write_atomic
 
 HERE = Path(__file__).resolve().parent
+PFL_PYTHON = "FEDSIM_PFL_PYTHON"
 Seconds = dict[str, list[float]]  #: contender -> median round of each repetition
 
 
@@ -40,23 +45,39 @@ class Row:
     rounds: int
     ratios: tuple[tuple[str, str, str | None], ...] = ()
 
+    def without(self, contender: str) -> Row:
+        """This row where `contender` does not take part."""
+        return replace(
+            self,
+            contenders=tuple(name for name in self.contenders if name != contender),
+            ratios=tuple(ratio for ratio in self.ratios if contender not in ratio[:2]),
+        )
+
 
 ROWS = (
     Row(
         "lenet",
-        ("loop", "fedsim", "fedsim-folding", "flower"),
+        ("loop", "pfl", "fedsim", "fedsim-folding", "flower"),
         12,
         (
             ("fedsim", "loop", "<= 1.20"),
             ("fedsim-folding", "loop", "<= 1.20"),
+            ("fedsim", "pfl", "<= 0.95"),
+            ("fedsim-folding", "pfl", "<= 0.95"),
             ("flower", "fedsim", ">= 5"),
         ),
     ),
     Row(
         "cnn",
-        ("loop", "fedsim", "fedsim-folding", "flower"),
+        ("loop", "pfl", "fedsim", "fedsim-folding", "flower"),
         5,
-        (("fedsim", "loop", "<= 1.05"), ("fedsim-folding", "loop", "<= 1.05"), ("flower", "fedsim", None)),
+        (
+            ("fedsim", "loop", "<= 1.05"),
+            ("fedsim-folding", "loop", "<= 1.05"),
+            ("fedsim", "pfl", "<= 1.02"),
+            ("fedsim-folding", "pfl", "<= 1.02"),
+            ("flower", "fedsim", None),
+        ),
     ),
     Row("clip-lite-bias", ("serial", "ray"), 3, (("serial", "ray", ">= 1.7"),)),
     Row("noop-100", ("fedsim", "flower"), 10, (("flower", "fedsim", None),)),
@@ -86,8 +107,13 @@ def main(names: Sequence[str], repeat: int, out: Path) -> int:
     if unknown:
         print(f"error: no workload '{unknown[0]}'; known: {', '.join(known)}", file=sys.stderr)
         return 2
+    pfl = os.environ.get(PFL_PYTHON)
+    if pfl and shutil.which(pfl) is None:
+        print(f"error: {PFL_PYTHON} is '{pfl}', which is no program; unset it or correct it", file=sys.stderr)
+        return 2
     results = []
     for row in [known[name] for name in names] or ROWS:
+        row = row if pfl else row.without("pfl")
         result = measured(row, repeat)
         results.append(result)
         print(lines_of(result), flush=True)
@@ -124,7 +150,11 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def _contend(name: str, row: Row) -> dict[str, list[float]]:
-    command = [sys.executable, str(HERE / "contender.py"), name, row.workload, str(row.rounds)]
+    if name == "pfl":
+        script = [os.environ[PFL_PYTHON], str(HERE / "contender_pfl.py")]
+    else:
+        script = [sys.executable, str(HERE / "contender.py"), name]
+    command = [*script, row.workload, str(row.rounds)]
     switches = {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0", "FLWR_TELEMETRY_ENABLED": "0"}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **switches}, timeout=1800, check=False

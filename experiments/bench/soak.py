@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 
+import apps
 import numpy as np
 import psutil
 import workloads
@@ -53,8 +54,8 @@ def main(rounds: int) -> None:
     Watched.rounds = rounds
     workload = workloads.WORKLOADS["noop-100"]
     started = time.perf_counter()
-    app = workloads.server_app(workload, rounds, lambda times: None, Watched)
-    simulate(app, workloads.client_app(workload), workload.clients, engine="ray", workers=2)
+    app = apps.server_app(workload, rounds, lambda times: None, Watched)
+    simulate(app, apps.client_app(workload), workload.clients, engine="ray", workers=2)
     print(f"{rounds} rounds of {workload.cohort} clients in {time.perf_counter() - started:.0f} s")
     tenth = Watched.samples[len(Watched.samples) // 10 :]
     at = np.linspace(rounds / 10, rounds, len(tenth))

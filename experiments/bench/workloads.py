@@ -1,4 +1,4 @@
-"""The clients of the benchmark, as a plain Flower app: the same code runs on every engine.
+"""What the benchmark's clients do, in plain PyTorch: every contender trains these models on these users.
 
     lenet, cnn   1,000 users with 50 images 3x32x32 each (random, fixed by the user's number), a cohort of 50,
                  one local epoch, batches of 10, SGD 0.1
@@ -6,25 +6,20 @@
 
 What a user of any framework would do for speed is done: a model is built once in a process, data are
 memory-mapped.
+
+Imports no framework of federated learning: `contender_pfl.py` runs where only pfl is installed.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 from torch.nn import functional
 
@@ -64,9 +59,6 @@ WORKLOADS = {
 }
 
 
-# ------------------------------------------------------------------------------- training
-
-
 def lenet() -> nn.Module:
     """62,006 parameters."""
     return nn.Sequential(
@@ -102,10 +94,14 @@ def images() -> np.ndarray:
     return np.load(file, mmap_mode="r")
 
 
+def samples(user: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of one user, float32 [samples, 3, 32, 32] in 0 to 1, and labels, int64 [samples]."""
+    return torch.from_numpy(images()[user].astype(np.float32) / 255), torch.arange(SAMPLES) % 10
+
+
 def train_user(model: nn.Module, user: int) -> float:
     """One epoch on one user's images; returns the mean loss."""
-    x = torch.from_numpy(images()[user].astype(np.float32) / 255)
-    y = torch.arange(SAMPLES) % 10
+    x, y = samples(user)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     total = 0.0
@@ -116,81 +112,3 @@ def train_user(model: nn.Module, user: int) -> float:
         optimizer.step()
         total += loss.item() * len(rows)
     return total / SAMPLES
-
-
-# --------------------------------------------------------------------------------- Flower
-
-
-def client_app(workload: Workload) -> ClientApp:
-    """The client of a workload."""
-    app = ClientApp()
-    name = workload.model
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        record = message.content["arrays"]
-        loss = 0.0
-        if name is not None:
-            torch.set_num_threads(1)
-            model = resident(name)
-            model.load_state_dict(record.to_torch_state_dict())
-            loss = train_user(model, int(context.node_config["partition-id"]))
-            record = ArrayRecord(model.state_dict())
-        metrics = MetricRecord({"num-examples": SAMPLES, "loss": loss})
-        return Message(RecordDict({"arrays": record, "metrics": metrics}), reply_to=message)
-
-    return app
-
-
-def server_app(
-    workload: Workload,
-    rounds: int,
-    done: Callable[[Sequence[float]], None],
-    make: Callable[..., Strategy] = FedAvg,
-    prepare: Callable[[Grid], Any] = lambda grid: None,
-) -> ServerApp:
-    """A server that times its rounds.
-
-    Args:
-        workload: what a round is.
-        rounds: how many.
-        done: called with the seconds of each round.
-        make: the strategy's class, with the arguments of Flower's FedAvg.
-        prepare: called with the grid first.
-    """
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        prepare(grid)
-        ends = [time.perf_counter()]
-        strategy = make(
-            fraction_train=workload.cohort / workload.clients,
-            fraction_evaluate=0.0,
-            min_train_nodes=workload.cohort,
-            min_available_nodes=workload.clients,
-        )
-
-        def finished(number: int, arrays: ArrayRecord) -> MetricRecord:
-            if number == 0:
-                ends[0] = time.perf_counter()
-            else:
-                ends.append(time.perf_counter())
-            return MetricRecord()
-
-        strategy.start(
-            grid=grid,
-            initial_arrays=ArrayRecord({k: _array(v) for k, v in workload.initial().items()}),
-            num_rounds=rounds,
-            train_config=ConfigRecord(),
-            evaluate_fn=finished,
-        )
-        done(np.diff(ends).tolist())
-
-    return app
-
-
-def _array(values: np.ndarray) -> Any:
-    from flwr.app import Array
-
-    return Array(values)
