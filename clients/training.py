@@ -23,8 +23,11 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from clients.local import LocalClient
 from fedsim import messages
+from fedsim.errors import UserError
 from fedsim.models.base import set_train_mode
+from fedsim.optimizers import make_optimizer
 from fedsim.ranges import Count, NonNegative, Positive
 from fedsim.task import Task
 
@@ -89,8 +92,18 @@ def make(
 def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
     """A ClientApp with the actions `train` and `evaluate` around the loop; methods add actions to it."""
     app = ClientApp()
-    trainable = [p for p in task.model.parameters() if p.requires_grad]
-    tool = _optimizer(trainable, optimizer, recipe)
+    own = [p for p in task.model.parameters() if p.requires_grad]
+
+    def make_tool(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        decay = recipe.weight_decay
+        return make_optimizer(groups, optimizer, lr=recipe.lr, momentum=recipe.momentum, weight_decay=decay)
+
+    tool = make_tool([{"params": own}])
+    local = None
+    if task.local is not None:
+        if step is not back_propagation:
+            raise UserError('this client has a step of its own: set [local] name = "bp"')
+        local = LocalClient(task, task.local, lambda groups: make_tool([{"params": own}, *groups]))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -99,12 +112,12 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
         task.load(arrays_of(message), _personal(context))
         rows = task.data.client(who)
         started = time.perf_counter()
+        chosen = (tool, step) if local is None else local.begin(who, context)
         metrics = fit(
             task,
             rows,
             recipe,
-            tool,
-            step,
+            *chosen,
             lr_scale=float(config.get(messages.LR_SCALE, 1.0)),  # type: ignore[arg-type]
             proximal_mu=float(config.get("proximal-mu", recipe.proximal_mu)),  # type: ignore[arg-type]
         )
@@ -112,7 +125,9 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
             context.state[PERSONAL] = task.personal()
         metrics[messages.SECONDS] = time.perf_counter() - started
         metrics |= {messages.ROWS + name: counts for name, counts in task.row_counts(rows).items()}
-        return messages.reply(message, task.shared(), metrics)
+        if local is not None:
+            metrics |= local.end(context)
+        return messages.reply(message, task.shared() if local is None else local.shared(), metrics)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -199,14 +214,6 @@ def _anchors(task: Task) -> list[tuple[torch.nn.Parameter, Tensor]]:
         for name, p in task.model.named_parameters()
         if p.requires_grad and name in shared
     ]
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], name: str, recipe: Recipe) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
 
 
 def partition_of(context: Context) -> int:

@@ -71,6 +71,8 @@ class FederatedClientApp(ClientApp):
             text = str(instruction[messages.EXPERIMENT])
             if device := context.node_config.get("device"):
                 text = experiment.replace(f"compute.device={device}").json()
+            if budget := context.node_config.get("memory-budget"):
+                text = config.from_json(text).replace(f"local.budgets=[{float(budget)}]").json()
             task, app = _client(text, path, who if path else -1)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content

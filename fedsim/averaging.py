@@ -122,13 +122,16 @@ class WeightedAverage(Strategy):
         position = {client: i for i, client in enumerate(self._current().cohort)}
         tree = TreeSum()
         rows = self._rows(replies, like)
+        old = messages.views_of(like)
         for (client, message), own in zip(replies, rows, strict=True):
             weight = self.weight(client, _metrics(message))
-            tree.add_leaf(messages.views_of(_arrays(message)), weight, position[client], own)
+            values = {**messages.views_of(_arrays(message))}
+            values |= {name: np.zeros_like(old[name]) for name in old.keys() - values.keys()}
+            tree.add_leaf(values, weight, position[client], own)
         total = tree.total()
         if total is None:
             return None
-        return total.mean({name: array.dtype for name, array in like.items()}, messages.views_of(like))
+        return total.mean({name: array.dtype for name, array in like.items()}, old)
 
     # ----------------------------------------------------------------------- Flower's Strategy
 
@@ -174,13 +177,19 @@ class WeightedAverage(Strategy):
     def _rows(
         self, replies: Sequence[tuple[int, Message]], like: ArrayRecord
     ) -> list[dict[str, NDArray[Any]]]:
-        """Row weights of every reply; one that says nothing of rows that others weigh weighs them alike."""
+        """Row weights of every reply; one that says nothing of rows that others weigh weighs them alike.
+
+        Rows of an entry that a client left out weigh nothing.
+        """
         found = [self.row_weights(client, _metrics(message)) for client, message in replies]
         names = {name for own in found for name in own}
+        names |= {name for name in like if name.startswith(messages.OPTIONAL)}
         for own, (client, message) in zip(found, replies, strict=True):
+            sent = _arrays(message)
             for name in names - own.keys():
                 count = like[name].shape[0]
-                own[name] = np.full(count, self.weight(client, _metrics(message)) / count)
+                each = self.weight(client, _metrics(message)) / count if name in sent else 0.0
+                own[name] = np.full(count, each)
         return found
 
     def _adopt(

@@ -176,7 +176,7 @@ def list_(
 ) -> None:
     """List what there is (without KIND: the kinds).
 
-    KIND is strategies, clients, models, tuning, datasets, partitions, engines, edits or experiments.
+    KIND is strategies, clients, models, tuning, local, datasets, partitions, engines, edits or experiments.
     """
     with Session(debug=debug) as session:
         with session.loading():
@@ -193,6 +193,35 @@ def list_(
         lines, picture = listing.draw(config.load(of, overrides or []), folder or default_folder())
         for line in lines:
             session.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        session.console.print(f"[dim]picture[/]  {picture}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def memory(
+    file: File = None,
+    *,
+    methods: Annotated[str, typer.Option(metavar="NAME,...", help="Methods of local learning.")] = "all",
+    blocks: Annotated[str, typer.Option(metavar="K,...", help="Numbers of blocks.")] = "2,4,8,16",
+    overrides: Set = None,
+    folder: Runs = None,
+    debug: Debug = False,
+) -> None:
+    """Show what training would take in memory; nothing is trained.
+
+    FILE is an experiment file or the name of a shipped one. One step of its client, by every method and K,
+    on tensors without values: most bytes saved for backward passes, of activations, and in all.
+    """
+    with Session(debug=debug) as session:
+        with session.loading():
+            from fedsim import config, memory_cli
+            from fedsim.runs import default_folder
+
+            experiment = config.load(file, overrides or [])
+            counts = _numbers(blocks, "--blocks")
+            rows = memory_cli.measure(experiment, methods.split(","), counts)
+            picture = (folder or default_folder()) / f"{experiment.name}-memory.png"
+            memory_cli.draw(rows, f"{experiment.name}: {experiment['model'].name}", picture)
+        session.console.print(memory_cli.table_of(rows), highlight=False)
         session.console.print(f"[dim]picture[/]  {picture}", highlight=False, soft_wrap=True)
 
 
@@ -287,6 +316,14 @@ def main() -> None:
 
 def _named(name: str | None) -> list[str]:
     return [] if name is None else [f"name={json.dumps(name)}"]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """`2,4,8` as numbers."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} {text}: whole numbers with commas between them, such as 2,4,8") from error
 
 
 def _open(folder: Path) -> Run:

@@ -38,6 +38,7 @@ NAMED = {
     "tuning": "tuning",
     "client": "clients",
     "strategy": "strategies",
+    "local": "local",
     "engine": "engines",
 }
 _TOP = ("name", "seed", "rounds", "baselines")

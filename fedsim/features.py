@@ -241,6 +241,12 @@ def _shape(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> tu
     return tuple(_computed(model, compute, cut, np.zeros_like(x[:1])).shape[1:])
 
 
+def example(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> Tensor:
+    """One input as what is above the cut takes it, [1, ...], on the model's device."""
+    one = np.array(x[:1])
+    return _computed(model, compute, cut, one) if cut else torch.from_numpy(one).to(compute.device)
+
+
 @torch.no_grad()
 def _computed(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> Tensor:
     """Activations below the cut for some inputs, float32, on the model's device."""

@@ -28,6 +28,7 @@ KINDS = {
     "tuning": "which parameters train and travel: [tuning]",
     "datasets": "where samples come from: [data]",
     "partitions": "which client has which samples: [partition]",
+    "local": "how a backbone is trained in less memory: [local]",
     "engines": "where clients run: [engine]",
     "edits": "what fedsim forget does to a model: [strategy.edit]",
     "experiments": "shipped files: fedsim run NAME",

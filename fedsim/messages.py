@@ -45,6 +45,9 @@ FROZEN = "frozen-digest"
 PARTITION = "partition-id"
 CODE = "code-digest"
 
+#: how names of shared entries begin that a client may leave out: they are averaged over those that send them
+OPTIONAL = "auxiliary."
+
 # keys of the metric record
 EXAMPLES = "num-examples"
 SECONDS = "seconds"
@@ -246,11 +249,12 @@ def _rows_complaint(metrics: MetricRecord, like: Mapping[str, tuple[tuple[int, .
 def _array_complaint(arrays: object, like: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     if not isinstance(arrays, ArrayRecord):
         return f"no array record named '{ARRAYS}'"
-    missing, extra = sorted(set(like) - set(arrays)), sorted(set(arrays) - set(like))
+    needed = {name for name in like if not name.startswith(OPTIONAL)}
+    missing, extra = sorted(needed - set(arrays)), sorted(set(arrays) - set(like))
     if missing or extra:
         return f"wrong names (missing {missing[:3]}, unexpected {extra[:3]})"
-    for name, (shape, dtype) in like.items():
-        array = arrays[name]
+    for name, array in arrays.items():
+        shape, dtype = like[name]
         if tuple(array.shape) != shape or array.dtype != dtype:
             return f"'{name}' is {array.dtype}{tuple(array.shape)}, expected {dtype}{shape}"
         try:

@@ -82,11 +82,13 @@ def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[st
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     parameters = {name for name, _ in model.named_parameters()}
     inside = tuple(f"{prefix}." if prefix else "" for prefix in train_modules)
-    changing = [
-        Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-        for name, value in model.state_dict().items()
-        if name in trainable or (name not in parameters and inside and name.startswith(inside))
-    ]
+    changing = entries_of(
+        {
+            name: value
+            for name, value in model.state_dict().items()
+            if name in trainable or (name not in parameters and inside and name.startswith(inside))
+        }
+    )
     names = [entry.name for entry in changing]
     patterns = list(personal)
     for pattern in patterns:
@@ -100,6 +102,14 @@ def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[st
         shared=tuple(e for e in changing if e.name not in mine),
         personal=tuple(e for e in changing if e.name in mine),
     )
+
+
+def entries_of(state: Mapping[str, Tensor]) -> list[Entry]:
+    """Name, shape and dtype of tensors."""
+    return [
+        Entry(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in state.items()
+    ]
 
 
 # ------------------------------------------------------------------------- tensors <-> records

@@ -41,6 +41,7 @@ TABLES = {
     "partitions": "fedsim.data:PARTITIONS",
     "engines": "fedsim.engine:ENGINES",
     "edits": "strategies:EDITS",
+    "local": "fedsim.local_learning:METHODS",
 }
 
 #: first words of a docstring's section, as Google's style writes them and as NumPy's (Flower's strategies)

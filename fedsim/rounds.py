@@ -228,8 +228,8 @@ class Loop:
 
         self.grid.on_reply = arrived
         if isinstance(self.grid, BaseGrid):
-            # rows with weights of their own are the one mean that an engine cannot take
-            folds = phase == messages.TRAIN and not self.task.model.class_rows and not self.recording
+            # entries with weights of their own are the one mean that an engine cannot take
+            folds = phase == messages.TRAIN and not self.task.own_weights and not self.recording
             self.grid.folding = weighting_of(self.strategy) if folds else None
         try:
             received = self.grid.send_and_receive(out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from fedsim.ranges import Count, Fraction, Natural, NonNegative, Portion, Share
+from fedsim.ranges import Count, Fraction, Natural, NonNegative, Portion, Positive, Share
 
 #: what a section without a name stands for
 DEFAULT_NAMES = {
@@ -19,6 +19,7 @@ DEFAULT_NAMES = {
     "tuning": "full",
     "client": "standard",
     "strategy": "fedavg",
+    "local": "bp",
     "engine": "serial",
 }
 
@@ -50,8 +51,37 @@ def partition_keys(
     """
 
 
+def local_keys(
+    *,
+    blocks: Count | None = None,
+    plan: Literal["papers", "uniform", "units", "balanced"] = "papers",
+    cuts: list[str] | None = None,
+    auxiliary: Literal["personal", "shared", "reinit"] = "personal",
+    ema: Literal["rebuild", "carry"] = "rebuild",
+    budgets: list[Positive] | None = None,
+    fallbacks: list[str] | None = None,
+) -> None:
+    """Keys that every method of local learning has (`bp` has no use for them).
+
+    Args:
+        blocks: K, into how many blocks the backbone is cut (default: 4).
+        plan: `papers` cuts where the papers cut this net for this K, and evenly where they do not;
+            `uniform` evenly; `units` everywhere; `balanced` so that the most expensive block is cheapest.
+        cuts: names of the units that blocks end at (`["blocks.4", "blocks.9"]`), instead of a plan.
+        auxiliary: where auxiliary networks live: with the client (`personal`), averaged over the clients
+            that have them (`shared`), or begun anew in every round (`reinit`).
+        ema: EMAs are rebuilt from what the server sends (`rebuild`), or `carry` on like the others.
+        budgets: memory of clients in MB (10^6 bytes): client i has budgets[i mod n], for parameters,
+            gradients, optimiser, auxiliary networks and activations together. It trains by back-propagation
+            if that fits, or else by the method with the fewest blocks that fit. A real node says its own:
+            `--node-config 'memory-budget=24.0'`.
+        fallbacks: methods for clients whose budget is too small for this one, in order (default: dgl,
+            greedy).
+    """
+
+
 #: keys that a named section has whatever its name
-COMMON: dict[str, Callable[..., None]] = {"partition": partition_keys}
+COMMON: dict[str, Callable[..., None]] = {"partition": partition_keys, "local": local_keys}
 
 
 def evaluation(

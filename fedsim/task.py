@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim import compute, config, features, payload
+from fedsim import compute, config, features, messages, payload
 from fedsim.compute import Compute
 from fedsim.config import Experiment
 from fedsim.data import backdoor, federated, forgotten
@@ -28,6 +28,9 @@ from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, DataInfo, at_rest, set_train_mode
 from fedsim.models.fitting import fitting_modes
+
+if TYPE_CHECKING:
+    from fedsim.local_learning.federated import Local
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Task:
         cut: how many of the backbone's first units nothing changes in and are computed once
             (`fedsim/features.py`); 0: the whole model runs for every batch.
         network: what maps a batch's inputs to logits: the model, or what is above the cut.
+        local: how clients train where `[local]` is not back-propagation; what is shared of their auxiliary
+            networks belongs to `selection.shared`.
         compute: device and precision.
         scaler: of the losses of the client that trains; the training loop makes a fresh one for each.
         constrain: called after every step of an optimiser: puts parameters back to where they must be.
@@ -73,11 +78,34 @@ class Task:
             for name, buffer in self.model.named_buffers()
             if name not in state  # non-persistent buffers: no state_dict entry, but a client may change them
         }
-        self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
         self.cut = features.cut(self.experiment, self.model, self.data, self.selection.changing, self.compute)
         self.network = features.above(self.model, self.cut)
+        self.local = self._local()
+        self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
         self.scaler = self.compute.scaler()
         self.constrain: Callable[[], None] | None = None
+
+    def _local(self) -> Local | None:
+        """How clients train, if not by back-propagation; shared entries are taken into the selection."""
+        section = self.experiment["local"]
+        if section.name == "bp":
+            if section.common.get("budgets"):
+                raise UserError('[local] budgets need a method that saves memory, such as name = "man++"')
+            return None
+        from fedsim.local_learning.federated import Local
+
+        sample = features.example(self.model, self.compute, self.cut, self.data.arrays.train_x)
+        local = Local(self.experiment, self.model, sample, self.cut, self.loss)
+        store = {messages.OPTIONAL + name: value for name, value in local.store.items()}
+        entries = payload.entries_of(store)
+        self.selection = replace(self.selection, shared=(*self.selection.shared, *entries))
+        self._changing |= store
+        return local
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether some shared entries, or rows of them, are averaged with weights of their own."""
+        return bool(self.model.class_rows) or bool(self.local is not None and self.local.store)
 
     @cached_property
     def train_inputs(self) -> features.Features | NDArray[Any]:

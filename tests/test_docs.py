@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fedsim import config
 from tests.helpers import run
@@ -43,6 +45,24 @@ def test_its_own_test_passes(page: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+def test_the_page_on_local_learning_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks of Python, top to bottom; a network of one's own takes 20 lines."""
+    text = (ROOT / "docs" / "local_learning.md").read_text("utf-8")
+    use, net, method = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(use, space)
+    assert space["loss"].isfinite()
+    exec(net, space)
+    assert space["model"].blocks == 3
+    own = net[net.index("class Net") : net.index("model =")]
+    assert len([line for line in own.splitlines() if line.strip()]) <= 20
+    exec(method, space)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    local = space["LocallySupervised"](space["model"].model, space["two_heads"], 3, weight=0.3)
+    assert [window.weight for window in local.windows] == [0.3, 0.3, 1.0]
+    assert local.gradients(images, torch.tensor([0, 1])).isfinite()
 
 
 def test_tables_are_what_their_json_says() -> None:

@@ -69,15 +69,26 @@ class ConvNet(nn.Module):
 
 
 class Mlp(nn.Module):
-    """One hidden layer: inputs [n, ...] -> features [n, hidden]."""
+    """Hidden layers, all as wide: inputs [n, ...] -> features [n, hidden]."""
 
-    def __init__(self, inputs: int, hidden: int) -> None:
+    def __init__(self, inputs: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(inputs, hidden)
+        self.more = nn.Sequential(
+            *(nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()) for _ in range(layers - 1))
+        )
+
+    def units(self) -> list[Unit]:
+        """The layers; the last one makes the features."""
+        more = [Unit((f"more.{number}",), layer) for number, layer in enumerate(self.more)]
+        return [Unit(("hidden",), self._first), *more]
+
+    def _first(self, inputs: Tensor) -> Tensor:
+        return functional.relu(self.hidden(to_unit(inputs).flatten(1)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Features, float32."""
-        return functional.relu(self.hidden(to_unit(inputs).flatten(1)))
+        return run_units(self.units(), inputs)
 
 
 def cnn(data: DataInfo, /, *, width: Count = 16, norm: Norm = "batch", dropout: Portion = 0.0) -> Classifier:
@@ -101,10 +112,12 @@ def cnn(data: DataInfo, /, *, width: Count = 16, norm: Norm = "batch", dropout: 
     return Classifier(ConvNet(shape[0], width, norm, dropout), head)
 
 
-def mlp(data: DataInfo, /, *, hidden: Count = 64) -> Classifier:
-    """Perceptron with one hidden layer, for inputs of any shape, trained from scratch.
+def mlp(data: DataInfo, /, *, hidden: Count = 64, layers: Count = 1) -> Classifier:
+    """Perceptron for inputs of any shape, trained from scratch.
 
     Args:
-        hidden: units of the hidden layer.
+        hidden: width of the hidden layers.
+        layers: how many hidden layers.
     """
-    return Classifier(Mlp(math.prod(data.sample_shape), hidden), nn.Linear(hidden, len(data.classes)))
+    backbone = Mlp(math.prod(data.sample_shape), hidden, layers)
+    return Classifier(backbone, nn.Linear(hidden, len(data.classes)))

@@ -16,6 +16,9 @@ from fedsim.models.images import ImageBackbone, check_images
 
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+CIFAR10 = DataInfo(
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), (3, 32, 32)
+)
 _WIDTHS = (16, 32, 64)
 
 
@@ -81,22 +84,22 @@ def mean_over_pixels(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def resnet20(data: DataInfo, /) -> Classifier:
+def resnet20(data: DataInfo = CIFAR10, /) -> Classifier:
     """ResNet-20 for 32x32 images (0.27 M parameters), trained from scratch."""
     return _resnet(20, data)
 
 
-def resnet32(data: DataInfo, /) -> Classifier:
+def resnet32(data: DataInfo = CIFAR10, /) -> Classifier:
     """ResNet-32 for 32x32 images (0.47 M parameters), trained from scratch."""
     return _resnet(32, data)
 
 
-def resnet56(data: DataInfo, /) -> Classifier:
+def resnet56(data: DataInfo = CIFAR10, /) -> Classifier:
     """ResNet-56 for 32x32 images (0.86 M parameters), trained from scratch."""
     return _resnet(56, data)
 
 
-def resnet110(data: DataInfo, /) -> Classifier:
+def resnet110(data: DataInfo = CIFAR10, /) -> Classifier:
     """ResNet-110 for 32x32 images (1.73 M parameters), trained from scratch."""
     return _resnet(110, data)
 

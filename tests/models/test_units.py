@@ -108,10 +108,16 @@ def test_units_of_networks_trained_from_scratch(build: Callable[..., Any]) -> No
 
 
 def test_a_backbone_that_says_nothing_is_one_unit() -> None:
-    backbone = mlp(DIGITS).backbone
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
     (unit,) = units_of(backbone)
     assert unit.run is backbone
-    assert unit.owns("hidden.weight")
+    assert unit.owns("1.weight")
+
+
+def test_layers_of_a_perceptron_are_units() -> None:
+    backbone = mlp(DIGITS, layers=3).backbone
+    assert [unit.parts for unit in units_of(backbone)] == [("hidden",), ("more.0",), ("more.1",)]
+    assert ownership(units_of(backbone), list(backbone.state_dict())) == {1}
 
 
 def test_layers_of_bert_are_what_the_encoder_runs(tmp_path: Path) -> None:
