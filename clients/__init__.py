@@ -2,4 +2,8 @@
 its own step or speaks its own actions.
 """
 
-CLIENTS = {"standard": "clients.training:make", "unlearn": "clients.unlearn:make"}
+CLIENTS = {
+    "standard": "clients.training:make",
+    "unlearn": "clients.unlearn:make",
+    "attribute-unlearning": "clients.attribute_unlearning:make",
+}

@@ -6,7 +6,11 @@
 
 A *step* turns one batch into gradients: back-propagation here, windows or a detacher term in other
 files, which pass their own `step` to `make` instead of writing a loop. A step runs wholly on the
-model's device (no `.item()`), so that it also runs on `meta` tensors.
+model's device (no `.item()`), so that it also runs on `meta` tensors. A step that is an object may also have
+
+    batch(task, rows) -> tensors      what it takes, instead of inputs and labels
+    begin(task, config)               before the first batch of a round, after the state is loaded
+    end(task) -> metrics              after the last one, before the state is sent
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from fedsim.task import Task
 PERSONAL = "personal"  #: key of the personal part in `context.state`
 
 #: (task, inputs, labels) -> detached mean loss; leaves gradients in the parameters (by `task.backward`)
-Step = Callable[[Task, Tensor, Tensor], Tensor]
+Step = Callable[..., Tensor]
 
 
 def back_propagation(task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -71,6 +75,7 @@ def make(
     steps: Count | None = None,
     clip: NonNegative = 0.0,
     proximal_mu: NonNegative = 0.0,
+    step: Step = back_propagation,
 ) -> ClientApp:
     """A client that trains by back-propagation.
 
@@ -86,7 +91,7 @@ def make(
         proximal_mu: weight of FedProx' µ/2·‖w − w_global‖² on the shared part (arXiv 1812.06127).
     """
     recipe = Recipe(lr, epochs, steps, batch_size, momentum, weight_decay, clip, proximal_mu)
-    return client(task, recipe, optimizer, back_propagation)
+    return client(task, recipe, optimizer, step)
 
 
 def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
@@ -109,9 +114,10 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         config = messages.config_of(message)
         who = partition_of(context)
-        task.load(arrays_of(message), _personal(context))
+        task.load(arrays_of(message), personal_of(context))
         rows = task.data.client(who)
         started = time.perf_counter()
+        _told(step, "begin", task, config)
         chosen = (tool, step) if local is None else local.begin(who, context)
         metrics = fit(
             task,
@@ -121,6 +127,7 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
             lr_scale=float(config.get(messages.LR_SCALE, 1.0)),  # type: ignore[arg-type]
             proximal_mu=float(config.get("proximal-mu", recipe.proximal_mu)),  # type: ignore[arg-type]
         )
+        metrics |= _told(step, "end", task) or {}
         if task.selection.personal:
             context.state[PERSONAL] = task.personal()
         metrics[messages.SECONDS] = time.perf_counter() - started
@@ -132,7 +139,7 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         config = messages.config_of(message)
-        task.load(arrays_of(message), _personal(context))
+        task.load(arrays_of(message), personal_of(context))
         split = str(config.get("split", "test"))
         return messages.reply(message, None, task.evaluate_split(split, partition_of(context)))
 
@@ -170,11 +177,12 @@ def fit(
     anchors = _anchors(task) if proximal_mu > 0 else []
     total = torch.zeros((), dtype=torch.float64, device=task.device)
     seen = 0
+    take = getattr(step, "batch", Task.train_batch)
     for batch in batches(len(rows), recipe):
-        inputs, labels = task.train_batch(rows[batch])
+        tensors = take(task, rows[batch])
         optimizer.zero_grad(set_to_none=True)
         with task.compute.autocast():
-            loss = step(task, inputs, labels)
+            loss = step(task, *tensors)
         task.scaler.unscale_(optimizer)
         for parameter, anchor in anchors:
             if parameter.grad is not None:
@@ -207,6 +215,11 @@ def batches(count: int, recipe: Recipe) -> Iterator[np.ndarray]:
             yield order[start : start + recipe.batch_size]
 
 
+def _told(step: Step, event: str, *arguments: Any) -> Any:
+    method = getattr(step, event, None)
+    return None if method is None else method(*arguments)
+
+
 def _anchors(task: Task) -> list[tuple[torch.nn.Parameter, Tensor]]:
     shared = {entry.name for entry in task.selection.shared}
     return [
@@ -229,6 +242,7 @@ def arrays_of(message: Message) -> ArrayRecord:
     return record
 
 
-def _personal(context: Context) -> ArrayRecord | None:
+def personal_of(context: Context) -> ArrayRecord | None:
+    """What this client keeps, if it keeps something."""
     record = context.state.get(PERSONAL)
     return record if isinstance(record, ArrayRecord) else None

@@ -73,7 +73,8 @@ class FederatedClientApp(ClientApp):
                 text = experiment.replace(f"compute.device={device}").json()
             if budget := context.node_config.get("memory-budget"):
                 text = config.from_json(text).replace(f"local.budgets=[{float(budget)}]").json()
-            task, app = _client(text, path, who if path else -1)
+            attributes = str(instruction.get(messages.ATTRIBUTES, "")) if path else ""
+            task, app = _client(text, path, who if path else -1, attributes)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
             reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)
@@ -96,11 +97,11 @@ def _forget() -> None:
 
 
 @lru_cache(maxsize=2)
-def _client(text: str, path: str, who: int) -> tuple[Task, ClientApp]:
+def _client(text: str, path: str, who: int, attributes: str) -> tuple[Task, ClientApp]:
     """Task and client app of an experiment (with the node's own data, if it has a path); built once."""
     from fedsim import task as tasks
 
-    task = tasks.cached(text, tasks.OwnData(path, who)) if path else tasks.cached(text)
+    task = tasks.cached(text, tasks.OwnData(path, who, attributes)) if path else tasks.cached(text)
     app: ClientApp = task.experiment.build("client", task)
     return task, app
 

@@ -39,6 +39,7 @@ NAMED = {
     "client": "clients",
     "strategy": "strategies",
     "local": "local",
+    "detacher": "detachers",
     "engine": "engines",
 }
 _TOP = ("name", "seed", "rounds", "baselines")

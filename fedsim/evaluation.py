@@ -17,7 +17,8 @@ def server_metrics(task: Task) -> dict[str, float]:
     """`accuracy` and `loss` of the resident model on the test data, `validation_...` where there is a split.
 
     Where something is to be forgotten, also `forget_accuracy`, `retain_accuracy` and, for classes,
-    `validation_forget_accuracy`; the validation split is then that of the retained classes.
+    `validation_forget_accuracy`; the validation split is then that of the retained classes. Where attributes
+    are to be unlearned, what fresh attackers read of them (`fedsim/unlearning/measure.py`).
     """
     found = task.evaluate_split("test")
     count = found.pop(messages.EXAMPLES)
@@ -26,6 +27,10 @@ def server_metrics(task: Task) -> dict[str, float]:
     if len(task.data.validation):
         held = task.evaluate_split("validation")
         found |= {"validation_loss": held["loss"], "validation_accuracy": held["accuracy"]}
+    if task.attributes:
+        from fedsim.unlearning.measure import leakage
+
+        found |= leakage(task)
     return found
 
 

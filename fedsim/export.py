@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedsim.models.base import Classifier
     from fedsim.task import Task
 
-_ABOUT = "model.json"  #: classes, shape of a sample, where modules are looked up
+_ABOUT = "model.json"  #: classes, what a sample is and says, where modules are looked up
 _README = """\
 # {name}: {state}
 
@@ -72,6 +72,8 @@ def export(run: Run, out: Path) -> dict[str, Any]:
     about = {
         "classes": info.classes,
         "sample_shape": info.sample_shape,
+        "dtype": info.dtype,
+        "attributes": [[attribute.name, attribute.values] for attribute in info.attributes],
         "folders": experiment.folders,
     }
     write_atomic(out / _ABOUT, (json.dumps(about, ensure_ascii=False, indent=2) + "\n").encode())
@@ -111,6 +113,7 @@ def load_model(folder: str | os.PathLike[str]) -> Classifier:
     from safetensors.torch import load_file
 
     from fedsim import config
+    from fedsim.data.attributes import Attribute
     from fedsim.models.base import DataInfo
     from fedsim.task import build_model
 
@@ -124,7 +127,9 @@ def load_model(folder: str | os.PathLike[str]) -> Classifier:
         ) from error
     path = place / "experiment.toml"
     experiment = config.from_tables(config.read(path), source=str(path), folders=about["folders"])
-    model = build_model(experiment, DataInfo(tuple(about["classes"]), tuple(about["sample_shape"])))
+    attributes = tuple(Attribute(name, tuple(values)) for name, values in about["attributes"])
+    shape = tuple(about["sample_shape"])
+    model = build_model(experiment, DataInfo(tuple(about["classes"]), shape, attributes, about["dtype"]))
     model.load_state_dict(tensors)
     model.eval()
     return model

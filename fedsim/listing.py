@@ -29,6 +29,7 @@ KINDS = {
     "datasets": "where samples come from: [data]",
     "partitions": "which client has which samples: [partition]",
     "local": "how a backbone is trained in less memory: [local]",
+    "detachers": "what takes an attribute out of representations: [detacher]",
     "engines": "where clients run: [engine]",
     "edits": "what fedsim forget does to a model: [strategy.edit]",
     "experiments": "shipped files: fedsim run NAME",

@@ -29,12 +29,15 @@ EVALUATE = "evaluate"
 HELLO = "query.hello"
 CHANNELS = "query.channel_statistics"
 ASCENT = "train.ascent"
+SECOND_MOMENTS = "query.second_moments"
+AUDIT = "query.audit"
 
 # records
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
 MASKS = "masks"  #: layer -> bool [channels], True where a channel is pruned
+PROBES = "probes"
 
 # keys of the config record
 ROUND = "server-round"
@@ -44,6 +47,10 @@ EXPERIMENT = "experiment"
 FROZEN = "frozen-digest"
 PARTITION = "partition-id"
 CODE = "code-digest"
+ATTRIBUTES = "attributes"
+STRENGTH = "detach-strength"
+HEAD_ONLY = "head-only"
+RELEASED = "released"
 
 #: how names of shared entries begin that a client may leave out: they are averaged over those that send them
 OPTIONAL = "auxiliary."

@@ -39,6 +39,7 @@ TABLES = {
     "tuning": "fedsim.models:TUNING",
     "datasets": "fedsim.data:DATASETS",
     "partitions": "fedsim.data:PARTITIONS",
+    "detachers": "fedsim.unlearning:DETACHERS",
     "engines": "fedsim.engine:ENGINES",
     "edits": "strategies:EDITS",
     "local": "fedsim.local_learning:METHODS",

@@ -11,6 +11,7 @@ may have
     done() -> bool             ends the run by itself
     alone                      true in a round that asks no client: the server changes the state by itself
     refused                    client -> reason, after aggregate_train
+    findings                   name -> number, what it found out: goes into the summary
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsim import messages, payload
 from fedsim.averaging import weighting_of
 from fedsim.checkpoints import Unstorable
+from fedsim.data.attributes import to_json
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.evaluation import server_metrics
@@ -241,8 +243,11 @@ class Loop:
         return self.who.client(message.metadata.src_node_id)
 
     def _config(self, number: int) -> ConfigRecord:
+        known = self.task.data.arrays.attributes
+        said = {messages.ATTRIBUTES: to_json(known)} if self.task.attributes else {}
         return ConfigRecord(
             {
+                **said,
                 messages.ROUND: number,
                 messages.SEED: self.experiment.seed,
                 messages.LR_SCALE: lr_scale(

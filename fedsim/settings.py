@@ -20,6 +20,7 @@ DEFAULT_NAMES = {
     "client": "standard",
     "strategy": "fedavg",
     "local": "bp",
+    "detacher": "none",
     "engine": "serial",
 }
 
@@ -80,8 +81,32 @@ def local_keys(
     """
 
 
+def detacher_keys(
+    *,
+    attributes: list[str] | None = None,
+    cut: Count | None = None,
+    auxiliary: Literal["shared", "personal"] = "shared",
+    group_statistics: bool = False,
+    isolated: bool = False,
+) -> None:
+    """Keys that every detacher has.
+
+    Args:
+        attributes: what is to be unlearned (with `none`: measured), by name.
+        cut: how many units of the backbone are below the cut; without it all: its features.
+        auxiliary: whether the detacher's own networks are averaged or stay with the client.
+        group_statistics: send the groups' mean representations along, for clients that lack some groups.
+        isolated: no gradient crosses the cut: what is below learns from a pooled linear head of its own and
+            the detacher (a block of locally supervised learning), what is above from h as it is.
+    """
+
+
 #: keys that a named section has whatever its name
-COMMON: dict[str, Callable[..., None]] = {"partition": partition_keys, "local": local_keys}
+COMMON: dict[str, Callable[..., None]] = {
+    "partition": partition_keys,
+    "local": local_keys,
+    "detacher": detacher_keys,
+}
 
 
 def evaluation(

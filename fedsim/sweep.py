@@ -338,11 +338,18 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
     if held:
         row["validation"] = _spread(held)
     row["start"] = _spread([s["accuracy_start"] for s in good])
+    for key in dict.fromkeys(key for s in good for key in s if _is_attack(key)):
+        row[key.replace("_", " ")] = _spread([s[key] for s in good if key in s])
     for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
         row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
     row["bytes up"] = human_bytes(mean(s["bytes_up"] for s in good)) if good else ""
     row["time"] = human_seconds(mean(s["seconds"] for s in good)) if good else ""
     return row
+
+
+def _is_attack(key: str) -> bool:
+    """Whether a key of a summary says how well attackers read an attribute."""
+    return key.startswith(("attack_", "audit_")) and not key.endswith("_error")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -6,7 +6,7 @@ changing entry back, so nothing of one client is left for the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from fedsim import compute, config, features, messages, payload
 from fedsim.compute import Compute
 from fedsim.config import Experiment
+from fedsim.data import attributes as known_attributes
 from fedsim.data import backdoor, federated, forgotten
+from fedsim.data.attributes import positions, refuse_label
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
@@ -32,6 +34,9 @@ from fedsim.models.fitting import fitting_modes
 if TYPE_CHECKING:
     from fedsim.local_learning.federated import Local
 
+#: inputs [n, ...] -> logits [n, classes]
+Network = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class OwnData:
@@ -39,6 +44,7 @@ class OwnData:
 
     path: str
     client: int
+    attributes: str = ""  #: of the server's data, as JSON
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Task:
     data: FederatedData
     selection: payload.Selection
     frozen_digest: str
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    loss: Callable[[Network, Tensor, Tensor], Tensor]
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
@@ -175,6 +181,23 @@ class Task:
         """Rows of the training data on the device: inputs of `network` [b, ...], labels int64 [b]."""
         return self._batch(self.train_inputs, self.data.arrays.train_y, rows)
 
+    @property
+    def attributes(self) -> Sequence[str]:
+        """Names of the attributes that are to be unlearned."""
+        return self.experiment["detacher"].common.get("attributes", ())
+
+    def inputs_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
+        """Inputs of `network` for rows of the `train` or `test` part, on the device."""
+        inputs = self.train_inputs if part == "train" else self.test_inputs
+        return torch.from_numpy(inputs[rows]).to(self.device)
+
+    def attributes_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
+        """Values of `attributes` for rows of the `train` or `test` part, float32 [b, a], on the device."""
+        arrays = self.data.arrays
+        columns = positions(self.attributes, arrays.attributes)
+        z: Any = arrays.train_z if part == "train" else arrays.test_z
+        return torch.from_numpy(z[rows][:, columns]).to(self.device)
+
     def _batch(
         self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor]:
@@ -228,12 +251,12 @@ class Task:
         raise ValueError(f"unknown split '{split}': test, validation or local")
 
 
-def cross_entropy(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of a batch."""
     return F.cross_entropy(network(inputs), labels)
 
 
-def _loss(head: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+def _loss(head: nn.Module) -> Callable[[Network, Tensor, Tensor], Tensor]:
     """Cross-entropy, plus what a head wants of its own parameters (`penalty() -> scalar`)."""
     penalty: Callable[[], Tensor] | None = getattr(head, "penalty", None)
     if penalty is None:
@@ -253,8 +276,11 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     """
     data = _forgetting(experiment, own)
     where = compute.resolve(**experiment.settings["compute"])
+    arrays, names = data.arrays, experiment["detacher"].common.get("attributes", [])
+    if names and arrays.train_z is not None and own is None:
+        refuse_label(names, arrays.attributes, arrays.train_z, arrays.train_y)
     model = build_model(experiment, data.info).to(where.device)
-    personal = experiment.settings["payload"].get("personal", [])
+    personal = [*experiment.settings["payload"].get("personal", []), *_personal_networks(experiment, model)]
     selection = payload.select(model, model.train_modules, personal)
     return Task(
         experiment=experiment,
@@ -265,6 +291,13 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         loss=_loss(model.head),
         compute=where,
     )
+
+
+def _personal_networks(experiment: Experiment, model: Classifier) -> list[str]:
+    """A pattern for a detacher's networks, if it has some and they stay with the client."""
+    kept = experiment["detacher"].common["auxiliary"] == "personal"
+    there = any(name.startswith("detacher.") for name, _ in model.named_parameters())
+    return ["detacher.*"] if kept and there else []
 
 
 def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
@@ -288,6 +321,15 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
             f"got {type(model).__name__}"
         )
     model.text = None  # what no tuning mode took is let go
+    if experiment["detacher"].common.get("attributes"):
+        from fedsim.unlearning.cut import detachable
+
+        with generators_restored():
+            seed_everything(experiment.seed + 1)
+            return detachable(experiment, model, info)
+    if experiment["detacher"].name != "none":
+        known = ", ".join(attribute.name for attribute in info.attributes) or "none"
+        raise UserError(f"[detacher] attributes is missing: name what to unlearn; the data have: {known}")
     return model
 
 
@@ -326,7 +368,10 @@ def _forgetting(experiment: Experiment, own: OwnData | None) -> FederatedData:
 def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:
     options = {key: value for key, value in experiment["data"].options.items() if key == "size"}
     roots = [Path.cwd()]
-    return federated.load_own(own.path, options, client=own.client, clients=experiment.clients, roots=roots)
+    attributes = known_attributes.from_json(own.attributes) if own.attributes else ()
+    return federated.load_own(
+        own.path, options, client=own.client, clients=experiment.clients, roots=roots, attributes=attributes
+    )
 
 
 @lru_cache(maxsize=2)

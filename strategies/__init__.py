@@ -13,6 +13,7 @@ STRATEGIES = {
     "fedclip": "strategies.fedclip:FedCLIP",
     "unlearn": "strategies.unlearn:Unlearn",
     "federaser": "strategies.federaser:FedEraser",
+    "attribute-unlearning": "strategies.attribute_unlearning:AttributeUnlearning",
     "local-only": "strategies.baselines:LocalOnly",
     "centralised": "strategies.baselines:Centralised",
     # Flower's own classes on our payload

@@ -3,13 +3,16 @@
 DATASETS = {
     "digits": "fedsim.data.sources:digits",
     "mnist-5k": "fedsim.data.sources:mnist_5k",
+    "tinted-digits": "fedsim.data.drawn:tinted_digits",
+    "avatars": "fedsim.data.drawn:avatars",
+    "adult": "fedsim.data.asset_datasets:adult",
     "cifar10": "fedsim.data.asset_datasets:cifar10",
     "fashion-mnist": "fedsim.data.asset_datasets:fashion_mnist",
     "sentiment": "fedsim.data.asset_datasets:sentiment",
     "hapt": "fedsim.data.asset_datasets:hapt",
     "torchvision:": "fedsim.data.torchvision_sets:torchvision_set",
-    "npz:": "fedsim.data.sources:npz",
-    "imagefolder:": "fedsim.data.sources:imagefolder",
+    "npz:": "fedsim.data.own_sets:npz",
+    "imagefolder:": "fedsim.data.own_sets:imagefolder",
 }
 
 PARTITIONS = {
@@ -18,5 +21,6 @@ PARTITIONS = {
     "pathological": "fedsim.data.partitioners:pathological",
     "shard": "fedsim.data.partitioners:shard",
     "size-skew": "fedsim.data.partitioners:size_skew",
+    "attribute-skew": "fedsim.data.partitioners:attribute_skew",
     "natural": "fedsim.data.partitioners:natural",
 }

@@ -5,6 +5,7 @@ Test sets, subsets and their order are fixed, whoever asks for them: smaller sub
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsim.data import assets
-from fedsim.data.sources import Array, Arrays, Integers, fixed_subset, stratified
+from fedsim.data.attributes import Attribute, coded
+from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, divided, fixed_subset, stratified
 from fedsim.errors import UserError
 from fedsim.ranges import Count
 
@@ -109,6 +111,58 @@ def _tokenised(texts: list[str], folder: Path, length: int) -> Array:
     return np.array([tokenizer.encode(text).ids for text in texts], np.int32)
 
 
+#: columns of the census that are numbers, and what they are divided by
+_NUMBERS = {"age": 100, "education-num": 16, "capital-gain": 1e5, "capital-loss": 5e3, "hours-per-week": 100}
+_CATEGORIES = (
+    "workclass",
+    "education",
+    "marital-status",
+    "occupation",
+    "relationship",
+    "ethnicity",
+    "gender",
+)
+
+
+def adult(*, train_samples: Count | None = None, test_samples: Count | None = None) -> Arrays:
+    """Adult: does a person of the US census of 1994 earn more than 50,000 dollars? 26,049 and 6,512 people.
+
+    The attributes `gender` and `ethnicity` are inputs, too, so that plain training sees them as they are. A
+    fifth of each combination of income and gender is the test set. Numbers are divided by fixed scales,
+    categories are indicators (a missing value, " ?", is a category).
+
+    Args:
+        train_samples: a fixed subset of so many training people, stratified by income and gender.
+        test_samples: the same for the test people.
+
+    Returns:
+        float32 [n, inputs].
+    """
+    file = assets.path("adult") / "census.csv"
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = [{key: text.strip() for key, text in row.items()} for row in csv.DictReader(lines)]
+    columns = [[float(row[name]) / scale for row in rows] for name, scale in _NUMBERS.items()]
+    for name in _CATEGORIES:
+        values = sorted({row[name] for row in rows})
+        columns += [[float(row[name] == value) for row in rows] for value in values]
+    x = np.array(columns, np.float32).T
+    y = np.array([row["loan"] == ">50K" for row in rows], np.int64)
+    found = []
+    for name in ("gender", "ethnicity"):
+        texts = {"all": np.array([row[name].lower() for row in rows])}
+        found.append(coded(texts, name, f"{file}: column '{name}'"))
+    z = np.stack([parts["all"] for _, parts in found], 1)
+    cells = 2 * z[:, 0].astype(np.int64) + y
+    test = stratified(cells, _TEST_FRACTION, seed=0)
+    train = np.setdiff1d(np.arange(len(y)), test)
+    train = train[fixed_subset(cells[train], train_samples, "train_samples")]
+    test = test[fixed_subset(cells[test], test_samples, "test_samples")]
+    attributes = tuple(attribute for attribute, _ in found)
+    classes = ("at most 50K", "more than 50K")
+    whole = Arrays(x, y, x, y, classes, None, attributes, z, z, UNDIVIDED)
+    return divided(whole, train, test)
+
+
 def hapt(
     *,
     test: Literal["later", "users"] = "later",
@@ -117,8 +171,8 @@ def hapt(
 ) -> Arrays:
     """Six activities of 30 people, from the motion sensors of a phone; the people are the natural clients.
 
-    Windows of 128 samples (2.56 s), each half overlapping the one before (UCI HAPT, 10,411 windows of the
-    six basic activities). Test and training windows never overlap.
+    Who it is (`user`) is an attribute, too. Windows of 128 samples (2.56 s), each half overlapping the one
+    before (UCI HAPT, 10,411 windows of the six basic activities). Test and training windows never overlap.
 
     Args:
         test: "later": the last fifth of each activity of each user; "users": all of nine users, so that 21
@@ -140,8 +194,9 @@ def hapt(
         trained, tested = _by_time(cells)
     trained = trained[fixed_subset(cells[trained], train_samples, "train_samples")]
     tested = tested[fixed_subset(cells[tested], test_samples, "test_samples")]
-    groups = np.asarray(user[trained])
-    return Arrays(x[trained], y[trained], x[tested], y[tested], ACTIVITIES, groups)
+    attributes = (Attribute("user", tuple(f"user {number}" for number in range(int(user.max()) + 1))),)
+    z = np.asarray(user, np.float32)[:, None]
+    return divided(Arrays(x, y, x, y, ACTIVITIES, user, attributes, z, z, UNDIVIDED), trained, tested)
 
 
 def _by_time(cells: Integers) -> tuple[Integers, Integers]:

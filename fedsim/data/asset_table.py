@@ -135,6 +135,20 @@ ASSETS = {
         readers.hapt,
         "997229dc176e2f72e8e0f9b705623ec619337a9926db241f1cd2f480abd66ed5",
     ),
+    "adult": Asset(
+        "Adult: 32,561 people of the US census of 1994, income and 12 properties (UCI)",
+        "MIT (UCI Adult: CC BY 4.0)",
+        Archive(
+            "pip",
+            "xai",
+            "0.3.0",
+            "xai-0.3.0-py3-none-any.whl",
+            1,
+            "b91e3611c3735462b514ee7b5eddd15503eb09eb2c25804acbf9aac502aaf24a",
+        ),
+        readers.adult,
+        "062efe07d8d2df3eb55ef9a9f8abc31fecd4c43a9ac985715454bad0b834aa15",
+    ),
 }
 
 #: names that stand for several assets

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedsim.data.attributes import Attribute, conformed
 from fedsim.data.partition import Partition, partition
 from fedsim.data.sources import Arrays, stratified
 from fedsim.data.store import load_arrays
@@ -52,7 +53,8 @@ class FederatedData:
         """What a model may know of the data."""
         from fedsim.models.base import DataInfo
 
-        return DataInfo(self.arrays.classes, tuple(self.arrays.train_x.shape[1:]))
+        x = self.arrays.train_x
+        return DataInfo(self.arrays.classes, tuple(x.shape[1:]), self.arrays.attributes, str(x.dtype))
 
     @property
     def clients(self) -> int:
@@ -140,12 +142,33 @@ def load(
         shots=shots,
         pooled=pooled,
         seed=seed,
+        attributes=_codes(arrays, rest),
     )
     return FederatedData(arrays, Partition(rest[dealt.indices], dealt.offsets), held)
 
 
+def _codes(arrays: Arrays, rows: Integers) -> dict[str, Integers]:
+    """Codes of the categorical attributes of some training samples."""
+    if arrays.train_z is None:
+        return {}
+    z = np.asarray(arrays.train_z)[rows]
+    return {a.name: z[:, i].astype(np.int64) for i, a in enumerate(arrays.attributes) if a.groups}
+
+
+def _conformed(arrays: Arrays, wanted: tuple[Attribute, ...], path: str) -> dict[str, Any]:
+    """Columns of both parts of a node's own data, in the server's codes."""
+    parts = {"train_z": (arrays.train_z, arrays.train_y), "test_z": (arrays.test_z, arrays.test_y)}
+    return {name: conformed(arrays.attributes, z, wanted, len(y), path) for name, (z, y) in parts.items()}
+
+
 def load_own(
-    path: str, options: Mapping[str, Any], *, client: int, clients: int, roots: Sequence[Path] = ()
+    path: str,
+    options: Mapping[str, Any],
+    *,
+    client: int,
+    clients: int,
+    roots: Sequence[Path] = (),
+    attributes: tuple[Attribute, ...] = (),
 ) -> FederatedData:
     """The private data of a real node: every training sample of a file or image folder is its client's.
 
@@ -155,12 +178,15 @@ def load_own(
         client: which client the node is.
         clients: how many there are; the others have nothing here.
         roots: folders in which a relative path is looked up.
+        attributes: those of the server's data, as which the node's own are coded.
 
     Raises:
-        UserError: see `load_arrays`.
+        UserError: see `load_arrays` and `conformed`.
     """
     kind = "imagefolder" if any((root / path).is_dir() for root in [*roots, Path.cwd()]) else "npz"
     arrays = load_arrays(f"{kind}:{path}", options, roots=roots)
+    if attributes:
+        arrays = replace(arrays, attributes=attributes, **_conformed(arrays, attributes, path))
     rows = np.arange(len(arrays.train_y))
     offsets = np.where(np.arange(clients + 1) > client, len(rows), 0).astype(np.int64)
     return FederatedData(arrays, Partition(rows, offsets), np.empty(0, np.int64))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import BytesIO
 from typing import Any
@@ -37,12 +37,14 @@ class Table:
         groups: natural owner of each sample [n], int64, or None.
         clients: number of clients to make.
         seed: every random choice follows from it.
+        attributes: codes of the categorical attributes by name, int64 [n] (-1: not known).
     """
 
     labels: Integers
     groups: Integers | None
     clients: int
     seed: int
+    attributes: Mapping[str, Integers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def partition(
     shots: int | None,
     pooled: bool,
     seed: int,
+    attributes: Mapping[str, Integers] | None = None,
 ) -> Partition:
     """Run the function behind `[partition] name`, then `shots`, then `pooled`; cached on disk.
 
@@ -94,6 +97,7 @@ def partition(
             class when it has fewer); None keeps everything.
         pooled: give the samples of all clients to a single one.
         seed: same inputs and seed, same partition.
+        attributes: codes of categorical attributes by name, int64 [n].
 
     Raises:
         UserError: more clients than samples, a client without samples, more shots than any client has,
@@ -109,16 +113,17 @@ def partition(
     code = [code_stamp(function.target), code_stamp(partition)]
     owners = b"" if groups is None else groups.tobytes()
     switches = [clients, shots, pooled, seed]
-    key = cache_key(
-        _VERSION, version("flwr-datasets"), version("numpy"), code, keys, switches, labels.tobytes(), owners
-    )
+    known = dict(attributes or {})
+    codes = [part for name in sorted(known) for part in (name, known[name].tobytes())]
+    versions = [_VERSION, version("flwr-datasets"), version("numpy")]
+    key = cache_key(*versions, code, keys, switches, labels.tobytes(), owners, *codes)
     file = cache_folder("partitions") / f"{key}.npz"
     try:
         with np.load(file, allow_pickle=False) as found:
             return Partition(found["indices"], found["offsets"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: make it
         pass
-    members = function.target(Table(labels, groups, clients, seed), **keys)
+    members = function.target(Table(labels, groups, clients, seed, known), **keys)
     _check(members, name, clients)
     if shots is not None:
         members = _few_shots(members, labels, shots, seed)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedsim.data.partition import Integers, Table
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest
 from fedsim.ranges import Count, Positive
 
 if TYPE_CHECKING:
@@ -91,6 +92,25 @@ def pathological(table: Table, /, *, classes_per_client: Count = 2, overlap: boo
     )
     fix = "a class has fewer samples than clients that share it; use fewer clients or classes_per_client"
     return _run(table, partitioner, fix)
+
+
+def attribute_skew(
+    table: Table, /, *, attribute: str, alpha: Positive, min_samples: Count = 1
+) -> list[Integers]:
+    """Each value of an attribute is divided among the clients in proportions drawn from Dirichlet(alpha).
+
+    `dirichlet` with an attribute in the place of the label: clients differ in who their samples are of, not
+    in what they show. Samples whose value is not known are dealt as a value of their own.
+
+    Args:
+        attribute: name of a categorical attribute of the data.
+        alpha: small: each value sits with few clients; large: nearly iid.
+        min_samples: samples that every client has at least.
+    """
+    if attribute not in table.attributes:
+        raise UserError(f'[partition] attribute = "{attribute}": {nearest(attribute, table.attributes)}')
+    codes = table.attributes[attribute]
+    return dirichlet(replace(table, labels=codes - codes.min()), alpha=alpha, min_samples=min_samples)
 
 
 def _dealt_classes(table: Table, classes: Integers, per_client: int) -> list[Integers]:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedsim.data.attributes import Attribute, Column
 from fedsim.errors import UserError
-from fedsim.ranges import Count, NonNegative, Portion
+from fedsim.ranges import NonNegative
 
 Array = npt.NDArray[Any]
 Integers = npt.NDArray[np.int64]
@@ -24,8 +25,11 @@ Integers = npt.NDArray[np.int64]
 #: class names of the digits, as words, so that a text encoder can read them
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
+#: stands for the digest of arrays that are yet to be divided, which need none
+UNDIVIDED = "undivided"
+
 _PRETRAINING, _DIGITS_TEST = 700, 350
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Arrays:
         test_y: their labels [m].
         classes: class names.
         groups: natural owner of each training sample [n], int64, or None.
+        attributes: what else is known of the samples.
+        train_z: their values, float32 [n, attributes] (see `fedsim.data.attributes`), or None.
+        test_z: the same for the test samples [m, attributes].
         digest: sha256 over the content, in hex (computed when left out).
     """
 
@@ -48,6 +55,9 @@ class Arrays:
     test_y: Integers
     classes: tuple[str, ...]
     groups: Integers | None = None
+    attributes: tuple[Attribute, ...] = ()
+    train_z: Column | None = None
+    test_z: Column | None = None
     digest: str = field(default="")
 
     def __post_init__(self) -> None:
@@ -56,12 +66,14 @@ class Arrays:
 
     def named(self) -> dict[str, Array]:
         """The arrays that are there, by name."""
-        names = ("train_x", "train_y", "test_x", "test_y", "groups")
+        names = ("train_x", "train_y", "test_x", "test_y", "groups", "train_z", "test_z")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256("\0".join(arrays.classes).encode())
+    for attribute in arrays.attributes:
+        digest.update("\0".join([attribute.name, *attribute.values]).encode())
     for name, array in arrays.named().items():
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
@@ -83,7 +95,7 @@ def digits(*, rotate: float = 0.0, invert: bool = False, noise: NonNegative = 0.
     Returns:
         uint8 [n, 1, 8, 8]; classes are the words "zero" to "nine".
     """
-    images, labels = _all_digits()
+    images, labels = all_digits()
     x, y = _shift(images[_PRETRAINING:], rotate, invert, noise), labels[_PRETRAINING:]
     train = len(y) - _DIGITS_TEST
     return Arrays(x[:train], y[:train], x[train:], y[train:], DIGIT_WORDS)
@@ -91,11 +103,11 @@ def digits(*, rotate: float = 0.0, invert: bool = False, noise: NonNegative = 0.
 
 def digits_for_pretraining() -> tuple[npt.NDArray[np.uint8], Integers]:
     """The 700 clean digits kept apart for pre-training: uint8 [700, 1, 8, 8] and int64 [700]."""
-    images, labels = _all_digits()
+    images, labels = all_digits()
     return _shift(images[:_PRETRAINING], 0.0, False, 0.0), labels[:_PRETRAINING]
 
 
-def _all_digits() -> tuple[npt.NDArray[np.float64], Integers]:
+def all_digits() -> tuple[npt.NDArray[np.float64], Integers]:
     """All images [1797, 8, 8] in 0..1 and labels, in the fixed order that separates the two parts."""
     from sklearn.datasets import load_digits
 
@@ -138,92 +150,32 @@ def mnist_5k() -> Arrays:
         )
     table = np.loadtxt(found, delimiter=",", dtype=np.float32)
     images = table[:, :-1].astype(np.uint8).reshape(-1, 1, 28, 28)
-    return _split(images, table[:, -1].astype(np.int64), DIGIT_WORDS, None, 0.2)
+    labels = table[:, -1].astype(np.int64)
+    return split(Arrays(images, labels, images, labels, DIGIT_WORDS, digest=UNDIVIDED), 0.2)
 
 
-def npz(*, path: str, test_fraction: Portion = 0.2) -> Arrays:
-    """A NumPy archive of your own: x_train, y_train, x_test, y_test (or x, y), optionally classes, groups.
-
-    Inputs are images [n, height, width], [n, height, width, 1 or 3] or [n, channels, height, width], or
-    anything else [n, ...]; uint8 is kept, other numbers become float32. Labels are integers from 0.
-    Pickled objects are refused.
-
-    Args:
-        path: the file; relative to the experiment file, then to the current folder.
-        test_fraction: share of `x` that is the test set (only for an archive with `x` and `y`).
-    """
-    contents = _read_npz(path)
-    keys = set(contents)
-    whole = {"x", "y"} <= keys
-    names = ("x", "y") if whole else ("x_train", "y_train", "x_test", "y_test")
-    missing = [name for name in names if name not in keys]
-    if missing:
-        raise UserError(
-            f"{path}: no key '{missing[0]}' (it has {', '.join(sorted(keys)) or 'nothing'}); "
-            "needed are x_train, y_train, x_test, y_test, or x and y"
-        )
-    xs = [_as_inputs(contents[name], path, name) for name in names[::2]]
-    ys = [_as_labels(contents[name], path, name) for name in names[1::2]]
-    for x, y, name in zip(xs, ys, names[::2], strict=True):
-        if len(x) != len(y):
-            raise UserError(f"{path}: '{name}' has {len(x)} samples but its labels are {len(y)}")
-    groups = _as_labels(contents["groups"], path, "groups") if "groups" in keys else None
-    if groups is not None and len(groups) != len(xs[0]):
-        raise UserError(f"{path}: 'groups' has {len(groups)} entries for {len(xs[0])} training samples")
-    if "classes" in keys:
-        classes = tuple(str(name) for name in contents["classes"])
-    else:
-        classes = tuple(str(label) for label in range(1 + max(int(y.max(initial=0)) for y in ys)))
-    if whole:
-        return _split(xs[0], ys[0], classes, groups, test_fraction)
-    return Arrays(xs[0], ys[0], xs[1], ys[1], classes, groups)
+def split(whole: Arrays, test_fraction: float) -> Arrays:
+    """Fixed stratified split of a dataset that has a training part only; both parts keep their order."""
+    test = np.zeros(len(whole.train_y), bool)
+    chosen = stratified(whole.train_y, test_fraction, seed=0)
+    test[chosen] = True
+    return divided(whole, np.flatnonzero(~test), np.flatnonzero(test))
 
 
-def _read_npz(path: str) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise UserError(f"{path}: a single array, not an .npz archive; write it with np.savez")
-            return {name: _entry(archive, path, name) for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"no file '{path}' (key 'path' of [data] name = \"npz:PATH\")") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npz archive ({error})") from error
-
-
-def _entry(archive: Any, path: str, name: str) -> Array:
-    try:
-        return np.asarray(archive[name])
-    except ValueError as error:
-        raise UserError(f"{path}: key '{name}' cannot be read without pickle; store plain arrays") from error
-
-
-def _as_inputs(x: Array, path: str, name: str) -> Array:
-    if x.ndim < 2 or x.dtype.kind not in "uifb":
-        raise UserError(f"{path}: '{name}' must be numbers [n, ...], not {x.dtype} {list(x.shape)}")
-    if x.dtype != np.uint8:
-        x = x.astype(np.float32)
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-        x = x.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(x)
-
-
-def _as_labels(y: Array, path: str, name: str) -> Integers:
-    if y.ndim != 1 or y.dtype.kind not in "ui":
-        raise UserError(f"{path}: '{name}' must be integers [n], not {y.dtype} {list(y.shape)}")
-    return y.astype(np.int64)
-
-
-def _split(
-    x: Array, y: Integers, classes: tuple[str, ...], groups: Integers | None, test_fraction: float
-) -> Arrays:
-    """Fixed stratified split; both parts keep the order of the source."""
-    test = np.zeros(len(y), bool)
-    test[stratified(y, test_fraction, seed=0)] = True
-    kept = None if groups is None else groups[~test]
-    return Arrays(x[~test], y[~test], x[test], y[test], classes, kept)
+def divided(whole: Arrays, train: Integers, test: Integers) -> Arrays:
+    """Training and test set as rows of the training data of `whole`."""
+    x, y, z, groups = whole.train_x, whole.train_y, whole.train_z, whole.groups
+    return Arrays(
+        x[train],
+        y[train],
+        x[test],
+        y[test],
+        whole.classes,
+        None if groups is None else groups[train],
+        whole.attributes,
+        None if z is None else z[train],
+        None if z is None else z[test],
+    )
 
 
 def stratified(labels: Integers, fraction: float, *, seed: int) -> Integers:
@@ -255,56 +207,6 @@ def fixed_subset(cells: Integers, count: int | None, key: str) -> Integers:
     return np.sort(np.argsort(turn, kind="stable")[:count])
 
 
-def imagefolder(*, path: str, size: Count = 32, test_fraction: Portion = 0.2) -> Arrays:
-    """A folder of images: one subfolder per class, or train/ and test/ with one subfolder per class each.
-
-    Every image is read as RGB and resized to a square (bilinear).
-
-    Args:
-        path: the folder; relative to the experiment file, then to the current folder.
-        size: height and width in pixels.
-        test_fraction: share of each class that is the test set (when there is no test/ folder).
-
-    Returns:
-        uint8 [n, 3, size, size]; classes are the names of the subfolders, sorted.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"no folder '{path}' (key 'path' of [data] name = \"imagefolder:PATH\")")
-    parts = [root / "train", root / "test"]
-    if not all(part.is_dir() for part in parts):
-        parts = [root]
-    classes = tuple(sorted(folder.name for folder in parts[0].iterdir() if folder.is_dir()))
-    if not classes:
-        raise UserError(f"{parts[0]}: no class folders; put the images of each class in a folder of its own")
-    loaded = [_read_images(part, classes, size) for part in parts]
-    if len(loaded) == 1:
-        return _split(*loaded[0], classes, None, test_fraction)
-    (train_x, train_y), (test_x, test_y) = loaded
-    return Arrays(train_x, train_y, test_x, test_y, classes)
-
-
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
-
-
-def _read_images(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Array, Integers]:
-    from PIL import Image
-
-    unknown = {sub.name for sub in folder.iterdir() if sub.is_dir()} - set(classes)
-    if unknown:
-        raise UserError(f"{folder}: class '{min(unknown)}' has no folder among the training images")
-    files = [(file, label) for label, name in enumerate(classes) for file in image_files(folder / name)]
-    if not files:
-        known = ", ".join(sorted(_IMAGE_SUFFIXES))
-        raise UserError(f"{folder}: no image files ({known}) in its class folders")
-    x = np.empty((len(files), 3, size, size), np.uint8)
-    for row, (file, _) in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        except OSError as error:
-            raise UserError(f"{file}: not a readable image ({error}); remove or replace it") from error
-        x[row] = np.asarray(small).transpose(2, 0, 1)
-    return x, np.array([label for _, label in files], np.int64)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)

@@ -1,6 +1,7 @@
 """Datasets decoded once per machine and memory-mapped by every process afterwards.
 
-    <cache>/data/<key>/meta.json, train_x.npy, train_y.npy, test_x.npy, test_y.npy[, groups.npy]
+    <cache>/data/<key>/meta.json, train_x.npy, train_y.npy, test_x.npy, test_y.npy
+    [, groups.npy, train_z.npy, test_z.npy]
 
 The cache is `$FEDSIM_CACHE` or ~/.cache/fedsim. An entry appears by one rename of a finished folder, so
 that any number of processes may start at once. It may be deleted at any time.
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from fedsim import registry
+from fedsim.data.attributes import Attribute, complaint
 from fedsim.data.sources import Arrays, image_files
 from fedsim.errors import UserError
 from fedsim.lookup import find
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 def cache_folder(part: str) -> Path:
@@ -99,9 +101,9 @@ def _stamp(path: Path) -> list[Any]:
 
 def _checked(arrays: Arrays, name: str) -> Arrays:
     """Refuse what no model could use, whoever wrote the dataset function."""
-    for part, x, y in (
-        ("training", arrays.train_x, arrays.train_y),
-        ("test", arrays.test_x, arrays.test_y),
+    for part, x, y, z in (
+        ("training", arrays.train_x, arrays.train_y, arrays.train_z),
+        ("test", arrays.test_x, arrays.test_y, arrays.test_z),
     ):
         if len(y) == 0:
             raise UserError(f"[data] '{name}': the {part} set is empty; give it samples (test_fraction > 0)")
@@ -118,6 +120,9 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
                 f"[data] '{name}': {part} label {wrong[0]} is unknown, there are {len(arrays.classes)} "
                 f"classes (0 to {len(arrays.classes) - 1}); renumber the labels or name all classes"
             )
+        reason = complaint(arrays.attributes, z, len(y))
+        if reason:
+            raise UserError(f"[data] '{name}', {part} set: {reason}")
     if arrays.train_x.shape[1:] != arrays.test_x.shape[1:]:
         shapes = f"{list(arrays.train_x.shape[1:])} and {list(arrays.test_x.shape[1:])}"
         raise UserError(f"[data] '{name}': training and test samples differ in shape: {shapes}")
@@ -131,7 +136,8 @@ def _open(folder: Path) -> Arrays | None:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["shapes"]}
         if any(list(arrays[name].shape) != shape for name, shape in meta["shapes"].items()):
             return None
-        return Arrays(**arrays, classes=tuple(meta["classes"]), digest=meta["digest"])
+        attributes = tuple(Attribute(name, tuple(values)) for name, values in meta["attributes"])
+        return Arrays(**arrays, classes=tuple(meta["classes"]), attributes=attributes, digest=meta["digest"])
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
@@ -143,7 +149,13 @@ def _write(folder: Path, arrays: Arrays) -> None:
         for name, array in arrays.named().items():
             np.save(made / f"{name}.npy", array)
         shapes = {name: list(array.shape) for name, array in arrays.named().items()}
-        meta = {"classes": list(arrays.classes), "digest": arrays.digest, "shapes": shapes}
+        attributes = [[attribute.name, attribute.values] for attribute in arrays.attributes]
+        meta = {
+            "classes": arrays.classes,
+            "attributes": attributes,
+            "digest": arrays.digest,
+            "shapes": shapes,
+        }
         (made / "meta.json").write_text(json.dumps(meta), "utf-8")
         _publish(made, folder)
     finally:

@@ -11,6 +11,7 @@ MODELS = {
     "hf:": "fedsim.models.hf:hf_model",
     "hf-clip:": "fedsim.models.hf_clip:hf_clip",
     "cnn": "fedsim.models.cnn:cnn",
+    "signal-cnn": "fedsim.models.cnn:signal_cnn",
     "mlp": "fedsim.models.cnn:mlp",
     "resnet20": "fedsim.models.resnet:resnet20",
     "resnet32": "fedsim.models.resnet:resnet32",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fedsim.data.attributes import Attribute
 from fedsim.errors import UnfitTuning
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ class DataInfo:
     Attributes:
         classes: names of the classes, in the order of the logits.
         sample_shape: of one sample as stored.
+        attributes: what else the data say of a sample.
+        dtype: of the inputs as stored: uint8, int32 (token ids) or float32.
         folders: where relative paths of weights are looked up (`fedsim.lookup`).
     """
 
     classes: tuple[str, ...]
     sample_shape: tuple[int, ...]
+    attributes: tuple[Attribute, ...] = ()
+    dtype: str = "uint8"
     folders: tuple[Path, ...] = ()
 
 
@@ -142,6 +147,10 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.backbone(inputs))
         return logits
 
+    def with_head(self, head: nn.Module) -> nn.Module:
+        """The same function with another head (modules are not copied)."""
+        return nn.Sequential(self.backbone, head)
+
 
 def train_only(
     model: Classifier, chosen: Callable[[str], bool], *, mode: str, train_modules: Iterable[str] = ()
@@ -180,7 +189,7 @@ def at_rest(network: nn.Module) -> nn.Module:
     """
     if isinstance(network, Classifier):
         head = at_rest(network.head)
-        return network if head is network.head else nn.Sequential(network.backbone, head)
+        return network if head is network.head else network.with_head(head)
     resting: Callable[[], nn.Module] | None = getattr(network, "at_rest", None)
     return network if resting is None else resting()
 

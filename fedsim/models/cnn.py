@@ -112,6 +112,48 @@ def cnn(data: DataInfo, /, *, width: Count = 16, norm: Norm = "batch", dropout: 
     return Classifier(ConvNet(shape[0], width, norm, dropout), head)
 
 
+class SignalNet(nn.Module):
+    """Two strided convolutions over time, each group-normalised, and a mean: [n, t, c] -> [n, 2 * width]."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(channels, width, 9, stride=2, padding=4)
+        self.gn1 = nn.GroupNorm(math.gcd(4, width), width)
+        self.conv2 = nn.Conv1d(width, 2 * width, 9, stride=2, padding=4)
+        self.gn2 = nn.GroupNorm(math.gcd(4, 2 * width), 2 * width)
+
+    def units(self) -> list[Unit]:
+        """The two convolutions, then the mean over time."""
+        return [
+            Unit(
+                ("conv1", "gn1"), lambda x: functional.relu(self.gn1(self.conv1(x.float().transpose(1, 2))))
+            ),
+            Unit(("conv2", "gn2"), lambda x: functional.relu(self.gn2(self.conv2(x)))),
+            Unit((), lambda x: x.mean(2)),
+        ]
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """Features, float32."""
+        return run_units(self.units(), signals)
+
+
+def signal_cnn(data: DataInfo, /, *, width: Count = 32) -> Classifier:
+    """Two-layer convolutional network over time, for windows of sensor signals, trained from scratch.
+
+    Args:
+        width: channels of the first layer; the second has twice as many.
+
+    Raises:
+        UserError: samples are not signals [time, channels].
+    """
+    if len(data.sample_shape) != 2:
+        raise UserError(
+            f"model 'signal-cnn' takes signals [time, channels], the data are {list(data.sample_shape)}; "
+            'use [model] name = "cnn" or "mlp"'
+        )
+    return Classifier(SignalNet(data.sample_shape[1], width), nn.Linear(2 * width, len(data.classes)))
+
+
 def mlp(data: DataInfo, /, *, hidden: Count = 64, layers: Count = 1) -> Classifier:
     """Perceptron for inputs of any shape, trained from scratch.
 

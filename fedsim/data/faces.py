@@ -1,0 +1,90 @@
+"""A cartoon face, drawn from its labels: what `avatars` consists of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Look = dict[str, int]
+
+#: property -> names of its values, in the order of their codes
+LOOKS: dict[str, tuple[str, ...]] = {
+    "smile": ("no", "yes"),
+    "glasses": ("no", "yes"),
+    "beard": ("no", "yes"),
+    "hat": ("no", "yes"),
+    "skin": ("light", "tan", "brown", "dark"),
+    "hair": ("black", "brown", "red", "blond"),
+}
+_SKIN = ((246, 215, 190), (224, 172, 122), (160, 106, 66), (94, 60, 40))
+_HAIR = ((30, 26, 26), (98, 62, 38), (172, 72, 36), (222, 190, 110))
+_CANVAS = 128  #: drawn at this size, then averaged down
+
+
+def draw(look: Look, width: float, size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """One face.
+
+    Args:
+        look: code of every property in `LOOKS`.
+        width: of the face, 0 (narrow) to 1 (wide).
+        size: height and width of the result.
+        rng: position, size, tilt, background, light, noise.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    from PIL import Image, ImageDraw
+
+    background = tuple(int(v) for v in rng.integers(70, 230, 3))
+    image = Image.new("RGB", (_CANVAS, _CANVAS), background)
+    pen = ImageDraw.Draw(image)
+    centre = (64 + rng.uniform(-5, 5), 72 + rng.uniform(-4, 4))
+    _face(pen, look, centre, (36 + 12 * width, 48.0), rng.uniform(0.9, 1.05))
+    tilted = image.rotate(
+        rng.uniform(-12, 12), Image.Resampling.BILINEAR, center=centre, fillcolor=background
+    )
+    small = np.asarray(tilted.resize((size, size), Image.Resampling.BOX), np.float64)
+    noisy = small * rng.uniform(0.75, 1.15) + rng.normal(0, 6, small.shape)
+    return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8).transpose(2, 0, 1)
+
+
+def _face(
+    pen: Any, look: Look, centre: tuple[float, float], radii: tuple[float, float], scale: float
+) -> None:
+    """Everything in coordinates of the face: (0, 0) is its middle, (±1, ±1) its edges."""
+    cx, cy = centre
+    rx, ry = radii[0] * scale, radii[1] * scale
+
+    def box(left: float, top: float, right: float, bottom: float) -> list[float]:
+        return [cx + left * rx, cy + top * ry, cx + right * rx, cy + bottom * ry]
+
+    line = max(1, round(3 * scale))
+    skin, hair = _SKIN[look["skin"]], _HAIR[look["hair"]]
+    dark = tuple(int(v * 0.55) for v in skin)
+    pen.ellipse(box(-1.1, -1.15, 1.1, 0.35), fill=hair)
+    pen.ellipse(box(-1, -1, 1, 1), fill=skin)
+    pen.chord(box(-1, -1.02, 1, 0.2), 190, 350, fill=hair)
+    if look["beard"]:
+        pen.chord(box(-0.92, -0.55, 0.92, 1.02), 20, 160, fill=hair)
+        pen.ellipse(box(-0.45, 0.3, 0.45, 0.72), fill=skin)
+    for side in (-1, 1):
+        x = 0.4 * side
+        pen.ellipse(box(x - 0.17, -0.22, x + 0.17, -0.02), fill=(250, 250, 250))
+        pen.ellipse(box(x - 0.08, -0.2, x + 0.08, -0.04), fill=(30, 30, 40))
+        if look["glasses"]:
+            pen.ellipse(box(x - 0.3, -0.33, x + 0.3, 0.1), outline=(15, 15, 20), width=line)
+    if look["glasses"]:
+        pen.line(box(-0.12, -0.15, 0.12, -0.15), fill=(15, 15, 20), width=line)
+    pen.line(box(0, 0, -0.08, 0.25), fill=dark, width=line)
+    if look["smile"]:
+        pen.chord(
+            box(-0.38, 0.22, 0.38, 0.7), 10, 170, fill=(250, 245, 240), outline=(140, 40, 40), width=line
+        )
+    else:
+        pen.arc(box(-0.3, 0.5, 0.3, 0.5 + 0.22 / math.sqrt(scale)), 200, 340, fill=(140, 40, 40), width=line)
+    if look["hat"]:
+        pen.pieslice(box(-0.95, -1.45, 0.95, 0.15), 180, 360, fill=(60, 80, 150))
+        pen.rectangle(box(-1.15, -0.72, 1.15, -0.58), fill=(40, 55, 110))
