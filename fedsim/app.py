@@ -72,7 +72,7 @@ class FederatedClientApp(ClientApp):
             if device := context.node_config.get("device"):
                 text = experiment.replace(f"compute.device={device}").json()
             if budget := context.node_config.get("memory-budget"):
-                text = config.from_json(text).replace(f"local.budgets=[{float(budget)}]").json()
+                text = with_budget(config.from_json(text), float(budget)).json()
             attributes = str(instruction.get(messages.ATTRIBUTES, "")) if path else ""
             task, app = _client(text, path, who if path else -1, attributes)
             _same_backbone(task, str(instruction[messages.FROZEN]))
@@ -81,6 +81,14 @@ class FederatedClientApp(ClientApp):
             if packed and reply.has_content():
                 reply = _flwr.with_content(reply, payload.pack(reply.content, task.half))
             return reply
+
+
+def with_budget(experiment: Experiment, megabytes: float) -> Experiment:
+    """The experiment on a node with so much memory, which then decides how many blocks it has."""
+    document = experiment.document()
+    kept = {key: value for key, value in document["local"].items() if key not in ("blocks", "cuts")}
+    document["local"] = {**kept, "budgets": [megabytes]}
+    return config.from_tables(document, source="this node's memory-budget", folders=experiment.folders)
 
 
 def _begin_anew() -> ClientApp:

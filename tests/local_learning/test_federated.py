@@ -214,6 +214,19 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_real_nodes_own_budget_decides() -> None:
+    """Whatever the experiment says of blocks and of other clients' budgets."""
+    from fedsim.app import with_budget
+
+    for local in ({"blocks": 2}, {"cuts": ["block1"]}, {"budgets": [0.40]}):
+        experiment = tiny(model={"name": "cnn", "width": 8}, local={"name": "dgl", **local})
+        small, large = (local_of(build(with_budget(experiment, mb))) for mb in (0.265, 0.40))
+        assert [(c.method, len(c.plan)) for c in (small.choice(3), large.choice(3))] == [
+            ("dgl", 2),
+            ("bp", 1),
+        ]
+
+
 def test_a_budget_that_is_too_small_is_refused_at_the_start(tmp_path: Path) -> None:
     experiment = tiny(model=MODEL, local={"name": "dgl", "budgets": [5.0, 0.001]})
     with pytest.raises(UserError, match=r"client 1 has 0\.00 MB, the smallest that this model trains in is"):
