@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -139,9 +139,15 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         config = messages.config_of(message)
+        who = partition_of(context)
         task.load(arrays_of(message), personal_of(context))
+        steps = task.experiment.settings["evaluation"]["fine_tune"]
+        if steps:
+            own = replace(recipe, steps=steps)
+            lr_scale = float(config.get(messages.LR_SCALE, 1.0))  # type: ignore[arg-type]
+            fit(task, task.data.client(who), own, tool, step, lr_scale=lr_scale, proximal_mu=0.0)
         split = str(config.get("split", "test"))
-        return messages.reply(message, None, task.evaluate_split(split, partition_of(context)))
+        return messages.reply(message, None, task.evaluate_split(split, who))
 
     return app
 

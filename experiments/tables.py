@@ -8,6 +8,11 @@ A table stands between a comment that describes it and `<!-- end -->`:
     <!-- table: quickstart -->                        all results of experiments/results/quickstart.json
     <!-- table: modes where model.name=minilm keys=tuning.name -->           some of them, fewer columns
     <!-- table: modes rows=tuning.name columns=partition.name,partition.shots value=accuracy -->   crosswise
+    <!-- table: modes keys=tuning.name show=accuracy,local -->                   some of the columns
+
+`value` is a column of the plain table, or `reach:0.6`: bytes that all clients had sent when the test accuracy
+was 0.6 for the first time (mean over seeds; "never" if one seed did not get there). An underscore in `value`
+and `show` stands for a blank.
 
 A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` wrote. Keys that a table
 of a sweep leaves out must not tell its rows apart.
@@ -49,11 +54,14 @@ def made(results: Results, words: list[str]) -> str:
     if "rules" in results[0]:
         return rules(results)
     given = dict(word.split("=", 1) for word in words if "=" in word)
-    shape = {key: given.pop(key).split(",") for key in ("keys", "rows", "columns", "value") if key in given}
+    known = ("keys", "rows", "columns", "value", "show")
+    shape = {key: given.pop(key).split(",") for key in known if key in given}
     chosen = [r for r in results if all(str(r["cell"].get(key)) == value for key, value in given.items())]
     if "rows" in shape:
-        return crosswise(chosen, shape["rows"], shape["columns"], shape.get("value", ["accuracy"])[0])
-    return table_of(narrowed(chosen, shape["keys"]) if "keys" in shape else chosen)
+        value = shape.get("value", ["accuracy"])[0].replace("_", " ")
+        return crosswise(chosen, shape["rows"], shape["columns"], value)
+    kept = narrowed(chosen, shape["keys"]) if "keys" in shape else chosen
+    return some_columns(kept, shape["keys"], shape["show"]) if "show" in shape else table_of(kept)
 
 
 def narrowed(results: Results, keys: list[str]) -> Results:
@@ -75,24 +83,54 @@ def narrowed(results: Results, keys: list[str]) -> Results:
     return out
 
 
+def some_columns(results: Results, keys: list[str], names: list[str]) -> str:
+    """The plain table with fewer columns."""
+    columns = [*keys, *(name.replace("_", " ") for name in names)]
+    heads = [column.removesuffix(".name").rpartition(".")[2] for column in columns]
+    lines = [heads, ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows_of(results)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def bytes_to(results: Results, accuracy: float) -> str:
+    """Bytes sent up until the accuracy was reached, mean over results."""
+    reached = [next((up for _, up, found in r["curve"] if found >= accuracy), None) for r in results]
+    counts = [up for up in reached if up is not None]
+    return human_bytes(sum(counts) / len(counts)) if len(counts) == len(reached) > 0 else "never"
+
+
 def crosswise(results: Results, rows: list[str], columns: list[str], value: str) -> str:
     """One line per value of the row keys, one column per value of the column keys, bytes at the end."""
-    cells = {}
-    heads: dict[str, None] = {}
+    groups: dict[tuple[str, str], Results] = {}
     sent: dict[str, str] = {}
-    for row in rows_of(narrowed(results, rows + columns)):
-        line, head = (" ".join(row[key] for key in keys if key in row) for keys in (rows, columns))
-        heads[head] = None
-        cells[line, head] = row.get(value, "")
-    for result in results:
+    for narrow, result in zip(narrowed(results, rows + columns), results, strict=True):
+        line = " ".join(_named(key, result["cell"][key]) for key in rows if key in result["cell"])
+        head = " ".join(str(result["cell"][key]) for key in columns if key in result["cell"])
+        groups.setdefault((line, head), []).append(narrow)
         if "summary" in result:
-            line = " ".join(str(result["cell"][key]) for key in rows if key in result["cell"])
             summary = result["summary"]
-            sent[line] = human_bytes(summary["bytes_up"] / summary["rounds"] / summary["clients"])
-    lines = [["/".join(key.removesuffix(".name").rpartition(".")[2] for key in rows), *heads, "sent"]]
+            asked = summary["clients"] * result["cell"].get("strategy.fraction", 1)
+            sent[line] = human_bytes(summary["bytes_up"] / summary["rounds"] / asked)
+    heads = dict.fromkeys(head for _, head in groups)
+    lines = [["/".join(key.removesuffix(".name").rpartition(".")[2] for key in rows[:1]), *heads, "sent"]]
     lines.append(["---"] * len(lines[0]))
-    lines += [[line, *(cells.get((line, head), "") for head in heads), sent[line]] for line in sent]
+    for line, bytes_sent in sent.items():
+        cells = (groups.get((line, head), []) for head in heads)
+        lines.append([line, *(_cell(found, value) for found in cells), bytes_sent])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _named(key: str, value: Any) -> str:
+    """The name that a section has; other values with their key: a line of its own must say what it is."""
+    return str(value) if key.endswith(".name") else f"{key.rpartition('.')[2]}={value}"
+
+
+def _cell(found: Results, value: str) -> str:
+    if not found:
+        return ""
+    if value.startswith("reach:"):
+        return bytes_to(found, float(value.removeprefix("reach:")))
+    return rows_of(found)[0].get(value, "")
 
 
 def main(check: bool) -> int:

@@ -150,15 +150,22 @@ def sweep(
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", hidden=True)],
     *,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy by rounds and bytes as PNG.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show finished runs side by side."""
     with Session(debug=debug) as session:
         with session.loading():
-            from fedsim.compare import comparison
+            from fedsim.compare import comparison, draw_curves
 
-            shown = comparison([_open(folder) for folder in folders])
+            runs = [_open(folder) for folder in folders]
+            shown = comparison(runs)
         session.console.print(shown, highlight=False)
+        if plot is not None:
+            draw_curves(runs, plot)
+            session.facts({"picture": str(plot)})
 
 
 app.command("forget")(forget_cli.forget)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fedsim.errors import UserError
 from fedsim.overrides import dotted
 from fedsim.runs import Run
-from fedsim.terminal import curve, grid, human_bytes, human_seconds, sparkline
+from fedsim.terminal import curve, grid, human_bytes, human_seconds, measured, sparkline
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Group
     from rich.table import Table
 
@@ -43,6 +45,31 @@ def comparison(runs: Sequence[Run]) -> Group:
     same = len({(summary["digest"], summary.get("digest_personal")) for summary in summaries}) == 1
     parts += [Text(), Text(f"final states: {'identical' if same else 'different'}", style="dim")]
     return Group(*parts)
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> None:
+    """A picture of runs as PNG: accuracy against rounds, and against the bytes that clients sent.
+
+    Args:
+        runs: finished or not.
+        path: the file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    for label, run in zip(labels_of(runs), runs, strict=True):
+        rows = measured(run.history())
+        accuracy = [row["accuracy"] for row in rows]
+        by_round.plot([row["round"] for row in rows], accuracy, marker=".", label=label)
+        by_bytes.plot([row["bytes_up"] / 1e6 for row in rows], accuracy, marker=".")
+    by_round.set(xlabel="round", ylabel="accuracy")
+    by_bytes.set(xlabel="megabytes that clients sent")
+    by_bytes.set_xscale("symlog", linthresh=0.1)
+    by_round.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,14 +17,22 @@ if TYPE_CHECKING:
 def server_metrics(task: Task) -> dict[str, float]:
     """`accuracy` and `loss` of the resident model on the test data, `validation_...` where there is a split.
 
-    Where something is to be forgotten, also `forget_accuracy`, `retain_accuracy` and, for classes,
-    `validation_forget_accuracy`; the validation split is then that of the retained classes. Where attributes
-    are to be unlearned, what fresh attackers read of them (`fedsim/unlearning/measure.py`).
+    With `[evaluation] split = "local"` they are means over the clients' local test parts (with spread and
+    worst), with `"both"` those are there, too, as `local_...`. Where something is to be forgotten, also
+    `forget_accuracy`, `retain_accuracy` and, for classes, `validation_forget_accuracy`; the validation split
+    is then that of the retained classes. Where attributes are to be unlearned, what fresh attackers read of
+    them (`fedsim/unlearning/measure.py`).
     """
-    found = task.evaluate_split("test")
+    scores = task.test_scores()
+    found = task.measure(scores)
     count = found.pop(messages.EXAMPLES)
     if task.data.forgotten is not None:
         found |= _forgotten_metrics(task, task.data.forgotten, found["accuracy"], count)
+    split = task.experiment.settings["evaluation"]["split"]
+    if split != "test":
+        local = over_clients([task.evaluate_local(scores, who) for who in range(task.experiment.clients)])
+        prefix = "local_" if split == "both" else ""
+        found |= {f"{prefix}{key}": value for key, value in local.items()}
     if len(task.data.validation):
         held = task.evaluate_split("validation")
         found |= {"validation_loss": held["loss"], "validation_accuracy": held["accuracy"]}
@@ -31,6 +40,20 @@ def server_metrics(task: Task) -> dict[str, float]:
         from fedsim.unlearning.measure import leakage
 
         found |= leakage(task)
+    return found
+
+
+def over_clients(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean, spread (standard deviation) and worst over clients of every accuracy and loss they report.
+
+    Every client counts once, as the field reports it.
+    """
+    found: dict[str, float] = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key.endswith(("accuracy", "loss"))):
+        values = np.array([float(row[key]) for row in rows if key in row])
+        found[key] = float(values.mean())
+        found[f"{key}_spread"] = float(values.std())
+        found[f"{key}_worst"] = float(values.max() if key.endswith("loss") else values.min())
     return found
 
 

@@ -13,12 +13,14 @@ whole model for every batch. That is so where
 * the activations of all rows in use would take more than `[features] limit` on disk (training rows of
   clients and of the validation split, and the test set);
 * modules were added to the backbone that none of its units names (prompts, adapters): they may act anywhere;
+* images are augmented anew for every batch (`[augmentation] views = 0`);
 * something outside backbone and head changes, or somebody hooked the model or its backbone as a whole.
 
-The key holds the digest of the weights below the cut, the cut, the model and tuning sections, the code, the
-data and the rows; tables may be deleted at any time. With and without the cache a run computes the same up to
-the last bits, which depend on how many rows go through a layer at once; with the cache it gives the same
-digest every time.
+The key holds the digest of the weights below the cut, the cut, the model section, the code, the data, the
+rows and the view of an augmentation; tables may be deleted at any time. Tuning modes of fedsim share tables:
+what they add has a name in the weights. With and without the cache a run computes the same up to the last
+bits, which depend on how many rows go through a layer at once; with the cache it gives the same digest every
+time.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim import payload, registry
+from fedsim.augmentation import View, augments
 from fedsim.data.store import cache_folder, cache_key, code_stamp
 from fedsim.errors import UserError
 from fedsim.files import replacing
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
 BATCH = 32
 _BACKBONE = "backbone."
 _FLOAT = 4  #: bytes
+
+#: an array, or a view of one: rows int64 [b] -> [b, ...]
+Inputs = NDArray[Any] | View
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,14 @@ def cut(
 ) -> int:
     """How many of the backbone's first units are computed once; 0 where it cannot be or does not pay."""
     keys = experiment.settings["features"]
-    frozen = frozen_units(model, changing) if keys["cache"] else 0
+    anew = augments(experiment) and not experiment.settings["augmentation"]["views"]
+    frozen = frozen_units(model, changing) if keys["cache"] and not anew else 0
     whole = frozen == len(units_of(model.backbone))
     if not _state(model, frozen) or (frozen < 2 and not whole):
         return 0
-    rows = len(_used(data)) + len(data.arrays.test_x)
+    views = experiment.settings["augmentation"]["views"]
+    rows = len(plain_rows(experiment, data)) + views * len(trained_rows(experiment, data))
+    rows += len(data.arrays.test_x)
     size = rows * math.prod(_shape(model, compute, frozen, data.arrays.train_x)) * _FLOAT
     return frozen if size <= keys["limit"] * 1e9 else 0
 
@@ -147,8 +156,21 @@ def _in_train_mode(model: Classifier) -> list[str]:
 def train_features(
     experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute, cut: int
 ) -> Features:
-    """Activations for all training rows that a client has or the server holds back."""
-    return _features(experiment, model, data, compute, cut, "train", _used(data))
+    """Activations for the training rows that are looked at as they are."""
+    rows = plain_rows(experiment, data)
+    return _features(
+        experiment, model, data.arrays.train_x, compute, cut, [data.arrays.digest, "train"], rows
+    )
+
+
+def view_features(
+    experiment: Experiment, model: Classifier, data: FederatedData, compute: Compute, cut: int, view: int
+) -> Features:
+    """Activations for one augmented view of the training rows that clients train on."""
+    augmented = View.of(experiment, data.arrays.train_x, view)
+    rows = trained_rows(experiment, data)
+    seen = [data.arrays.digest, "train", augmented.key]
+    return _features(experiment, model, augmented, compute, cut, seen, rows)
 
 
 def test_features(
@@ -156,14 +178,24 @@ def test_features(
 ) -> Features:
     """Activations for the whole test set."""
     rows = np.arange(len(data.arrays.test_x))
-    return _features(experiment, model, data, compute, cut, "test", rows)
+    return _features(experiment, model, data.arrays.test_x, compute, cut, [data.arrays.digest, "test"], rows)
 
 
-def _used(data: FederatedData) -> NDArray[np.int64]:
-    rows: NDArray[np.int64] = np.union1d(data.partition.indices, data.validation)
+def plain_rows(experiment: Experiment, data: FederatedData) -> NDArray[np.int64]:
+    """Training rows that are looked at as they are: all but those that are only seen augmented."""
+    rows: NDArray[np.int64] = data.validation
+    if not augments(experiment):
+        rows = np.union1d(trained_rows(experiment, data), rows)
     if data.forgotten is not None:  # measured, and scored before it is forgotten
         rows = np.union1d(rows, np.union1d(data.forgotten.training.indices, data.forgotten.validation))
     return rows
+
+
+def trained_rows(experiment: Experiment, data: FederatedData) -> NDArray[np.int64]:
+    """Training rows of clients, or all there are (`[features] rows = "all"`)."""
+    if experiment.settings["features"]["rows"] == "all":
+        return np.setdiff1d(np.arange(len(data.arrays.train_y)), data.validation)
+    return np.sort(data.partition.indices)
 
 
 def _state(model: Classifier, cut: int) -> dict[str, Tensor]:
@@ -179,21 +211,19 @@ def _state(model: Classifier, cut: int) -> dict[str, Tensor]:
 def _features(
     experiment: Experiment,
     model: Classifier,
-    data: FederatedData,
+    x: Inputs,
     compute: Compute,
     cut: int,
-    part: str,
+    seen: list[Any],
     rows: NDArray[np.int64],
 ) -> Features:
-    x = data.arrays.train_x if part == "train" else data.arrays.test_x
-    sections = {"models": experiment["model"], "tuning": experiment["tuning"]}
+    """Activations for some rows of `x`; `seen` says what x is."""
     key = cache_key(
         [payload.digest_of(_state(model, cut)), cut],
-        json.dumps([section.table() for section in sections.values()], sort_keys=True),
-        [code_stamp(registry.resolve(kind, section.name).target) for kind, section in sections.items()],
+        _made_by(experiment, model),
         [code_digest(), torch.__version__, torch.get_num_threads(), BATCH],
         [compute.device.type, compute.precision],
-        [data.arrays.digest, part],
+        seen,
         rows.astype(np.int64).tobytes(),
     )
     file = cache_folder("features") / f"{key}.npy"
@@ -206,6 +236,21 @@ def _features(
     return Features(values, position)
 
 
+def _made_by(experiment: Experiment, model: Classifier) -> list[Any]:
+    """Sections and code that the units below the cut come from.
+
+    A tuning mode of fedsim changes nothing there that has no name in the state; somebody else's, or one that
+    hooks a module, may.
+    """
+    kinds = {"model": "models", "tuning": "tuning"}
+    targets = {name: registry.resolve(kind, experiment[name].name).target for name, kind in kinds.items()}
+    ours = targets["tuning"].__module__.startswith("fedsim.")
+    if ours and not any(map(hooked, model.backbone.modules())):
+        targets.pop("tuning")
+    sections = json.dumps([experiment[name].table() for name in targets], sort_keys=True)
+    return [sections, *map(code_stamp, targets.values())]
+
+
 def _opened(file: Path, rows: int) -> NDArray[Any] | None:
     """The memory-mapped file; None when it is not there or damaged."""
     try:
@@ -216,13 +261,14 @@ def _opened(file: Path, rows: int) -> NDArray[Any] | None:
 
 
 def _write(
-    file: Path, model: Classifier, compute: Compute, cut: int, x: NDArray[Any], rows: NDArray[np.int64]
+    file: Path, model: Classifier, compute: Compute, cut: int, x: Inputs, rows: NDArray[np.int64]
 ) -> None:
     """Compute batch by batch straight into the file: it may be larger than the memory.
 
     Written, not mapped: a full disk is then an error instead of the end of the process.
     """
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(rows), *_shape(model, compute, cut, x))}
+    shape = (len(rows), *_shape(model, compute, cut, x))
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     try:
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
@@ -236,9 +282,9 @@ def _write(
         ) from error
 
 
-def _shape(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> tuple[int, ...]:
+def _shape(model: Classifier, compute: Compute, cut: int, x: Inputs) -> tuple[int, ...]:
     """Of one row's activations below the cut."""
-    return tuple(_computed(model, compute, cut, np.zeros_like(x[:1])).shape[1:])
+    return tuple(_computed(model, compute, cut, np.zeros_like(x[np.arange(1)])).shape[1:])
 
 
 def example(model: Classifier, compute: Compute, cut: int, x: NDArray[Any]) -> Tensor:

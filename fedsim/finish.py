@@ -67,14 +67,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
     best = run.folder / "checkpoints" / "best.safetensors"
     if experiment.settings["evaluation"]["patience"] and best.is_file():
         progress.arrays = load(best)["arrays"]
-        loop.task.load(progress.arrays)
-        measured = loop.task.evaluate_split("test")
-        held = loop.task.evaluate_split("validation")
-        progress.last = {
-            "accuracy": measured["accuracy"],
-            "loss": measured["loss"],
-            "validation_accuracy": held["accuracy"],
-        }
+        progress.last = loop.server_metrics(progress)
     values = messages.views_of(progress.arrays)
     write_atomic(run.folder / "state.safetensors", save({k: v.copy() for k, v in values.items()}))
     summary = {
@@ -86,6 +79,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         "loss": progress.last["loss"],
         "accuracy_start": progress.start["accuracy"],
         **{key: value for key, value in progress.last.items() if key not in ("accuracy", "loss")},
+        **_more_accuracies(progress),
         **getattr(loop.strategy, "findings", {}),
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
@@ -98,6 +92,18 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         summary["digest_personal"] = payload.digest(_personal_arrays(states))
     run.write_summary(summary)
     return summary
+
+
+def _more_accuracies(progress: Progress) -> dict[str, float]:
+    """Where accuracies on other parts of the data or over clients began; the harmonic mean of base and new."""
+    found: dict[str, float] = {}
+    for key in progress.last:
+        if key.endswith("_accuracy") and key != "validation_accuracy" and key in progress.start:
+            found[f"{key}_start"] = progress.start[key]
+    if {"base_accuracy", "new_accuracy"} <= progress.last.keys():
+        base, new = progress.last["base_accuracy"], progress.last["new_accuracy"]
+        found["harmonic_accuracy"] = 2 * base * new / max(base + new, 1e-12)
+    return found
 
 
 def _personal_arrays(states: Mapping[int, RecordDict]) -> dict[str, Any]:

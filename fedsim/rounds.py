@@ -33,7 +33,7 @@ from fedsim.checkpoints import Unstorable
 from fedsim.data.attributes import to_json
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
-from fedsim.evaluation import server_metrics
+from fedsim.evaluation import over_clients, server_metrics
 from fedsim.hooks import Hook, Round
 from fedsim.messages import Replies
 from fedsim.runs import Run
@@ -94,12 +94,16 @@ class Loop:
         evaluation = self.experiment.settings["evaluation"]
         where = evaluation["where"]
         if where == "auto":
-            where = "clients" if task.selection.personal else "server"
+            where = "clients" if task.selection.personal or evaluation["fine_tune"] else "server"
         self.on_clients = where == "clients"
         if self.on_clients and evaluation["patience"]:
             raise UserError(
                 "[evaluation] patience needs the validation split, which the server measures: "
                 'set evaluation.where = "server" or patience = 0'
+            )
+        if evaluation["fine_tune"] and not self.on_clients:
+            raise UserError(
+                '[evaluation] fine_tune is done by clients: set evaluation.where = "clients" or leave it out'
             )
         if evaluation["patience"] and not len(task.data.validation):
             raise UserError("[evaluation] patience needs a validation split: set evaluation.validation = 0.1")
@@ -162,9 +166,7 @@ class Loop:
 
     def _evaluate(self, progress: Progress, number: int, record: Round | None = None) -> Round:
         record = record or Round(number)
-        metrics = (
-            self._client_metrics(progress, number) if self.on_clients else self._server_metrics(progress)
-        )
+        metrics = self._client_metrics(progress, number) if self.on_clients else self.server_metrics(progress)
         record.accuracy, record.loss = metrics.pop("accuracy"), metrics.pop("loss")
         record.extra.update(metrics)
         progress.last = {"accuracy": record.accuracy, "loss": record.loss, **metrics}
@@ -180,7 +182,8 @@ class Loop:
                 progress.stale += 1
         return record
 
-    def _server_metrics(self, progress: Progress) -> dict[str, float]:
+    def server_metrics(self, progress: Progress) -> dict[str, float]:
+        """The shared state on the test set, on every client's local part of it, on the validation split."""
         self.task.load(progress.arrays)
         return server_metrics(self.task)
 
@@ -203,14 +206,10 @@ class Loop:
                 rows.append(message.content.metric_records[messages.METRICS])
             else:
                 self._tell("notice", f"round {number}: client {client} not evaluated: {_first_line(reason)}")
-        found: dict[str, float] = {}
+        found = over_clients(rows)
         for key in ("accuracy", "loss"):
-            values = np.array([float(row[key]) for row in rows if key in row])  # type: ignore[arg-type]
-            if not len(values):
+            if key not in found:
                 raise NotEnoughReplies(f"round {number}: no client reported its {key}")
-            found[key] = float(values.mean())
-            found[f"{key}_spread"] = float(values.std())
-            found[f"{key}_worst"] = float(values.min() if key == "accuracy" else values.max())
         return found
 
     def _exchange(self, phase: str, number: int, out: Sequence[Message], progress: Progress) -> Replies:
@@ -250,8 +249,9 @@ class Loop:
                 **said,
                 messages.ROUND: number,
                 messages.SEED: self.experiment.seed,
+                # before the first round, clients may fine-tune: at its rate
                 messages.LR_SCALE: lr_scale(
-                    self.experiment.settings["schedule"], number, self.experiment.rounds
+                    self.experiment.settings["schedule"], max(number, 1), self.experiment.rounds
                 ),
                 messages.EXPERIMENT: self.experiment.json(),
                 messages.FROZEN: self.task.frozen_digest,

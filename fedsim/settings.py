@@ -39,13 +39,19 @@ def top_keys(
 
 
 def partition_keys(
-    *, clients: Count = 10, shots: Count | None = None, pooled: bool = False, seed: Natural | None = None
+    *,
+    clients: Count = 10,
+    shots: Count | None = None,
+    new_classes: Natural = 0,
+    pooled: bool = False,
+    seed: Natural | None = None,
 ) -> None:
     """Keys that every partition has.
 
     Args:
         clients: number of clients.
         shots: keep this many samples per class and client (all of a class when a client has fewer).
+        new_classes: so many classes, the last, are trained on by nobody and tested apart (base-to-new).
         pooled: hand the data of all clients to one client (the centralised baseline).
         seed: of the split and of the validation split, where it is not the run's: the same data for
             differently seeded models.
@@ -115,7 +121,8 @@ def evaluation(
     batch_size: Count = 512,
     validation: Portion = 0.0,
     where: Literal["auto", "server", "clients"] = "auto",
-    split: Literal["test", "local"] = "test",
+    split: Literal["test", "local", "both"] = "test",
+    fine_tune: Natural = 0,
     patience: Natural = 0,
 ) -> None:
     """When, where and on what the model is measured.
@@ -126,8 +133,11 @@ def evaluation(
         validation: share of the training data held back by the server; early stopping and the best
             checkpoint use it alone.
         where: `server` measures the shared state, `clients` every client's own model (mean over
-            clients); `auto` is `clients` as soon as something is personal.
-        split: `test` is the global test set, `local` the part of it that matches a client's classes.
+            clients); `auto` is `clients` as soon as something is personal or fine-tuned.
+        split: `test` is the global test set, `local` the part of it that matches a client's class mix (mean,
+            spread and worst over clients), `both` measures both.
+        fine_tune: local steps that every client takes on its own data before it is measured, with the
+            optimiser of [client]; nothing of them is sent or kept.
         patience: stop after so many evaluations without a better validation loss (0: never).
     """
 
@@ -171,13 +181,26 @@ def payload(*, personal: list[str] | None = None) -> None:
     """
 
 
-def features(*, cache: bool = True, limit: NonNegative = 2.0) -> None:
+def augmentation(*, area: Share = 1.0, flip: bool = False, views: Natural = 0) -> None:
+    """Random crops and mirror images of training images (never of validation and test images).
+
+    Args:
+        area: smallest part of an image that a crop shows (0.08 is usual); 1 crops nothing.
+        flip: whether every second image, at random, is mirrored.
+        views: 0 augments every batch anew, so that nothing is computed once; k gives every image k fixed
+            views, whose features are computed once where the model allows it.
+    """
+
+
+def features(*, cache: bool = True, limit: NonNegative = 2.0, rows: Literal["used", "all"] = "used") -> None:
     """Whether what lies below the first trainable parameter is computed once instead of for every batch.
 
     Args:
         cache: `false` runs the whole model for every batch.
         limit: gigabytes (10^9 bytes) on disk that the activations of one experiment may take; where they
             would take more, nothing is kept and the whole model runs for every batch.
+        rows: `used` are the training samples that clients and the validation split have; `all` pays where
+            many runs share data and differ in seed or split: each sample is computed once for all of them.
     """
 
 
@@ -227,6 +250,7 @@ SETTINGS: dict[str, Callable[..., None]] = {
     "checkpoints": checkpoints,
     "schedule": schedule,
     "payload": payload,
+    "augmentation": augmentation,
     "features": features,
     "compute": compute,
     "forget": forget,

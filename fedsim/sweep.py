@@ -3,7 +3,7 @@
     runs/quickstart-sweep/
         sweep.json       the base experiment and the grid: what this folder belongs to
         cells/<slug>/    one ordinary run folder per combination
-        results.json     a list of {"cell": {key: value}, "summary": {...}} (or "error": text)
+        results.json     a list of {"cell": {key: value}, "summary": {...}, "curve": [...]} (or "error": text)
         table.md         made from results.json alone: mean ± sample standard deviation over seeds
 
 Finished cells are not run again, interrupted ones go on from their checkpoint, failed ones are tried again.
@@ -37,7 +37,20 @@ from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
 from fedsim.overrides import toml_value
 from fedsim.runs import Run, default_folder
-from fedsim.terminal import baselines_of, human_bytes, human_seconds
+from fedsim.terminal import baselines_of, human_bytes, human_seconds, measured
+
+#: accuracies that a summary may have besides those of test and validation set -> column
+_OTHER_ACCURACIES = {
+    "local_accuracy": "local",
+    "local_accuracy_spread": "local spread",
+    "local_accuracy_worst": "local worst",
+    "local_accuracy_start": "local start",
+    "base_accuracy": "base",
+    "base_accuracy_start": "base start",
+    "new_accuracy": "new",
+    "new_accuracy_start": "new start",
+    "harmonic_accuracy": "harmonic",
+}
 
 #: makes the hooks of one cell and closes them after it
 Watch = Callable[["Cell"], AbstractContextManager[Sequence[Hook]]]
@@ -251,7 +264,7 @@ class Sweep:
             return None
         summary = run.summary()
         missing = set(cell.experiment.baselines) - set(baselines_of(summary))
-        return None if missing else _result(cell, summary)
+        return None if missing else _result(cell, run, summary)
 
     def _write(self, results: Sequence[Result]) -> None:
         write_atomic(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -287,7 +300,7 @@ def _run_cell(cell: Cell, parent: Path, watch: Watch, *, stop_on_error: bool) ->
             raise
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return {"cell": dict(cell.keys), "error": f"{kind}{error}"}
-    return _result(cell, summary)
+    return _result(cell, run, summary)
 
 
 def _end_with_parent() -> None:
@@ -308,9 +321,13 @@ def _run_apart(keys: dict[str, Any], text: str, parent: Path, stop_on_error: boo
     return _run_cell(cell, parent, lambda _: nullcontext(()), stop_on_error=stop_on_error)
 
 
-def _result(cell: Cell, summary: Mapping[str, Any]) -> Result:
-    """What `results.json` keeps of a cell; the run's path is relative to the sweep's folder."""
-    return {"cell": dict(cell.keys), "summary": {**summary, "run": f"cells/{cell.experiment.name}"}}
+def _result(cell: Cell, run: Run, summary: Mapping[str, Any]) -> Result:
+    """What `results.json` keeps of a cell: the run's path is relative to the sweep's folder, the curve is
+    [round, bytes sent up so far, accuracy] of every evaluation.
+    """
+    shown = {**summary, "run": f"cells/{cell.experiment.name}"}
+    curve = [[row["round"], row["bytes_up"], row["accuracy"]] for row in measured(run.history())]
+    return {"cell": dict(cell.keys), "summary": shown, "curve": curve}
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -340,6 +357,9 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
     row["start"] = _spread([s["accuracy_start"] for s in good])
     for key in dict.fromkeys(key for s in good for key in s if _is_attack(key)):
         row[key.replace("_", " ")] = _spread([s[key] for s in good if key in s])
+    for key, name in _OTHER_ACCURACIES.items():
+        if any(key in s for s in good):
+            row[name] = _spread([s[key] for s in good if key in s])
     for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
         row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
     row["bytes up"] = human_bytes(mean(s["bytes_up"] for s in good)) if good else ""

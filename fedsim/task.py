@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim import compute, config, features, messages, payload
+from fedsim import augmentation, compute, config, features, messages, payload
 from fedsim.compute import Compute
 from fedsim.config import Experiment
 from fedsim.data import attributes as known_attributes
@@ -30,6 +30,7 @@ from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, DataInfo, at_rest, set_train_mode
 from fedsim.models.fitting import fitting_modes
+from fedsim.scores import Scores, scores_of
 
 if TYPE_CHECKING:
     from fedsim.local_learning.federated import Local
@@ -121,6 +122,18 @@ class Task:
         return features.train_features(self.experiment, self.model, self.data, self.compute, self.cut)
 
     @cached_property
+    def _views(self) -> list[features.Features | augmentation.View]:
+        """What `network` takes of each fixed augmented view, by rows of the training data."""
+        views = range(self.experiment.settings["augmentation"]["views"])
+        if not self.cut:
+            images = self.data.arrays.train_x
+            return [augmentation.View.of(self.experiment, images, view) for view in views]
+        return [
+            features.view_features(self.experiment, self.model, self.data, self.compute, self.cut, view)
+            for view in views
+        ]
+
+    @cached_property
     def test_inputs(self) -> features.Features | NDArray[Any]:
         """What `network` takes, by rows of the test data."""
         if not self.cut:
@@ -178,8 +191,21 @@ class Task:
         return {name: counts.tolist() for name in self.model.class_rows if name in shared}
 
     def train_batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Rows of the training data on the device: inputs of `network` [b, ...], labels int64 [b]."""
-        return self._batch(self.train_inputs, self.data.arrays.train_y, rows)
+        """Rows of the training data on the device, augmented where the experiment says so.
+
+        Returns:
+            Inputs of `network` [b, ...], labels int64 [b].
+        """
+        labels = self.data.arrays.train_y
+        if not augmentation.augments(self.experiment):
+            return self._batch(self.train_inputs, labels, rows)
+        if self._views:
+            chosen = torch.randint(len(self._views), (len(rows),)).tolist()
+            picked = [self._views[view][rows[i : i + 1]] for i, view in enumerate(chosen)]
+            return self._on_device(np.concatenate(picked), labels[rows])
+        images, own = self._batch(self.data.arrays.train_x, labels, rows)
+        draws = torch.rand(len(rows), augmentation.DRAWS).to(self.device)
+        return augmentation.augmented(images, draws, self.experiment.settings["augmentation"]), own
 
     @property
     def attributes(self) -> Sequence[str]:
@@ -201,67 +227,90 @@ class Task:
     def _batch(
         self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(x[rows]).to(self.device), torch.from_numpy(y[rows]).to(self.device)
+        return self._on_device(x[rows], y[rows])
+
+    def _on_device(self, x: NDArray[Any], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
     @torch.no_grad()
-    def _evaluate(
+    def _scores(
         self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
-    ) -> dict[str, float]:
-        """Mean loss and accuracy of the resident model over some rows.
-
-        Sums are additive over batches, float64; `num-examples` counts the rows.
-        """
+    ) -> Scores:
+        """Scores of the resident model for some rows."""
         size = self.experiment.settings["evaluation"]["batch_size"]
         set_train_mode(self.model, training=False)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         network = at_rest(self.network)
+        found = []
         for start in range(0, len(rows), size):
             inputs, labels = self._batch(x, y, rows[start : start + size])
             with self.compute.autocast():
                 logits = network(inputs).float()
-            loss += F.cross_entropy(logits, labels, reduction="sum").double()
-            correct += (logits.argmax(1) == labels).sum()
-        count = max(len(rows), 1)
-        return {
-            "num-examples": len(rows),
-            "loss": loss.item() / count,
-            "accuracy": correct.item() / count,
-        }
+            found.append(scores_of(logits, labels, self.data.base_classes))
+        return Scores.joined(found)
+
+    def test_scores(self) -> Scores:
+        """Scores of the resident model for the whole test set."""
+        labels = self.data.arrays.test_y
+        return self._scores(self.test_inputs, labels, np.arange(len(labels)))
+
+    def measure(self, scores: Scores) -> dict[str, float]:
+        """What scores of the whole test set say: accuracy and loss; with new classes, base and new apart."""
+        found = scores.means()
+        if self.data.new_classes:
+            new = np.asarray(self.data.arrays.test_y) >= self.data.base_classes
+            for name, rows in (("base", ~new), ("new", new)):
+                found[f"{name}_accuracy"] = scores.at(np.flatnonzero(rows)).means(among_own=True)["accuracy"]
+        return found
+
+    def evaluate_local(self, scores: Scores, client: int) -> dict[str, float]:
+        """What scores of the whole test set say of a client's local test part."""
+        return scores.at(self.data.local_test(client)).means(among_own=True)
 
     def evaluate_training(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Evaluate on some rows of the training data."""
-        return self._evaluate(self.train_inputs, self.data.arrays.train_y, rows)
+        return self._scores(self.train_inputs, self.data.arrays.train_y, rows).means(among_own=True)
 
     def evaluate_test(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Evaluate on some rows of the test data."""
-        return self._evaluate(self.test_inputs, self.data.arrays.test_y, rows)
+        return self._scores(self.test_inputs, self.data.arrays.test_y, rows).means(among_own=True)
 
     def evaluate_split(self, split: str, client: int | None = None) -> dict[str, float]:
-        """Evaluate on `test`, `validation` or a client's `local` test part."""
-        arrays = self.data.arrays
-        if split == "test":
-            return self.evaluate_test(np.arange(len(arrays.test_y)))
+        """Evaluate the resident model.
+
+        Args:
+            split: `test`, `validation`, a client's `local` test part, or `both`: `test`, and `local` under
+                names that begin with `local_`.
+            client: for `local` and `both`.
+        """
         if split == "validation":
             return self.evaluate_training(self.data.validation)
+        if split not in ("test", "local", "both"):
+            raise ValueError(f"unknown split '{split}': test, validation, local or both")
+        if split == "test":
+            return self.measure(self.test_scores())
         if client is None:
             raise ValueError(f"split '{split}' belongs to a client")
         if split == "local":
             return self.evaluate_test(self.data.local_test(client))
-        raise ValueError(f"unknown split '{split}': test, validation or local")
+        scores = self.test_scores()
+        local = self.evaluate_local(scores, client)
+        return {**self.measure(scores), **{f"local_{key}": local[key] for key in ("accuracy", "loss")}}
 
 
-def cross_entropy(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(network(inputs), labels)
+def _loss(head: nn.Module, base: int | None) -> Callable[[Network, Tensor, Tensor], Tensor]:
+    """Mean cross-entropy of a batch, plus what a head wants of its own parameters (`penalty() -> scalar`).
 
-
-def _loss(head: nn.Module) -> Callable[[Network, Tensor, Tensor], Tensor]:
-    """Cross-entropy, plus what a head wants of its own parameters (`penalty() -> scalar`)."""
+    Args:
+        head: of the model.
+        base: train among so many first classes; None: among all.
+    """
     penalty: Callable[[], Tensor] | None = getattr(head, "penalty", None)
-    if penalty is None:
-        return cross_entropy
-    return lambda network, inputs, labels: cross_entropy(network, inputs, labels) + penalty()
+
+    def loss(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
+        fit = F.cross_entropy(network(inputs)[:, :base], labels)
+        return fit if penalty is None else fit + penalty()
+
+    return loss
 
 
 def build(experiment: Experiment, own: OwnData | None = None) -> Task:
@@ -275,6 +324,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         UserError: anything in the experiment that does not fit together.
     """
     data = _forgetting(experiment, own)
+    augmentation.check(experiment, data.info.sample_shape)
     where = compute.resolve(**experiment.settings["compute"])
     arrays, names = data.arrays, experiment["detacher"].common.get("attributes", [])
     if names and arrays.train_z is not None and own is None:
@@ -288,7 +338,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         data=data,
         selection=selection,
         frozen_digest=payload.frozen_digest(model, selection.changing, model.derived),
-        loss=_loss(model.head),
+        loss=_loss(model.head, data.base_classes if data.new_classes else None),
         compute=where,
     )
 
@@ -344,6 +394,7 @@ def load_data(experiment: Experiment) -> FederatedData:
         dict(partition.options),
         clients=partition.common["clients"],
         shots=partition.common.get("shots"),
+        new_classes=partition.common["new_classes"],
         pooled=partition.common["pooled"],
         validation=experiment.settings["evaluation"]["validation"],
         seed=seed,
@@ -367,10 +418,14 @@ def _forgetting(experiment: Experiment, own: OwnData | None) -> FederatedData:
 
 def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:
     options = {key: value for key, value in experiment["data"].options.items() if key == "size"}
-    roots = [Path.cwd()]
-    attributes = known_attributes.from_json(own.attributes) if own.attributes else ()
     return federated.load_own(
-        own.path, options, client=own.client, clients=experiment.clients, roots=roots, attributes=attributes
+        own.path,
+        options,
+        client=own.client,
+        clients=experiment.clients,
+        new_classes=experiment["partition"].common["new_classes"],
+        roots=[Path.cwd()],
+        attributes=known_attributes.from_json(own.attributes) if own.attributes else (),
     )
 
 

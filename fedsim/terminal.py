@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_NO_BASELINES = ("accuracy_start", "accuracy_spread", "accuracy_worst")
 
 
 def human_bytes(count: float) -> str:
@@ -63,9 +64,14 @@ def sparkline(values: Sequence[float], width: int = 24, span: tuple[float, float
     return "".join(_BLOCKS[max(0, min(top, round((v - low) / (high - low) * top)))] for v in means)
 
 
+def measured(history: Iterable[Mapping[str, Any]], key: str = "accuracy") -> list[Mapping[str, Any]]:
+    """The rows of metrics.jsonl whose rounds measured something."""
+    return [row for row in history if row.get(key) is not None]
+
+
 def curve(history: Iterable[Mapping[str, Any]], key: str = "accuracy") -> list[float]:
     """One metric over the rounds that measured it, from the rows of metrics.jsonl."""
-    return [float(row[key]) for row in history if row.get(key) is not None]
+    return [float(row[key]) for row in measured(history, key)]
 
 
 def baselines_of(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -73,7 +79,7 @@ def baselines_of(summary: Mapping[str, Any]) -> dict[str, float]:
     return {
         key.removeprefix("accuracy_").replace("_", "-"): float(value)
         for key, value in summary.items()
-        if key.startswith("accuracy_") and key != "accuracy_start"
+        if key.startswith("accuracy_") and key not in _NO_BASELINES
     }
 
 
@@ -92,6 +98,12 @@ def closing_table(summary: Mapping[str, Any], history: Iterable[Mapping[str, Any
     table.add_column(style="cyan", no_wrap=True)
     change = f"{summary['accuracy_start']:.3f} → [bold]{summary['accuracy']:.3f}[/]"
     table.add_row("accuracy", change, sparkline(curve(history)))
+    for name in ("local", "base", "new"):
+        if f"{name}_accuracy" in summary:
+            start, end = summary[f"{name}_accuracy_start"], summary[f"{name}_accuracy"]
+            worst = summary.get(f"{name}_accuracy_worst")
+            beside = "" if worst is None else f"worst client {worst:.3f}"
+            table.add_row(f"{name} test", f"{start:.3f} → {end:.3f}", beside)
     for name, accuracy in baselines_of(summary).items():
         mean = " mean" if name == "local-only" else ""
         table.add_row(f"{name}{mean}", f"        {accuracy:.3f}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedsim.compare import comparison, differing, labels_of
+from fedsim.compare import comparison, differing, draw_curves, labels_of
 from fedsim.errors import UserError
 from fedsim.runs import Run
 from tests.helpers import run, tiny
@@ -34,6 +34,27 @@ def test_results_curves_and_differing_keys(tmp_path: Path) -> None:
     assert not [line for line in keys if line[:1] in (["seed"], ["name"])]
     assert "final states: different" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_curves_are_drawn_against_rounds_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[list[float], list[float]]] = []
+    plot = Axes.plot
+
+    def noted(self: Axes, x: list[float], y: list[float], **options: object) -> object:
+        drawn.append((list(x), list(y)))
+        return plot(self, x, y, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    runs = [run(tiny("evaluation.every=2", f"name={name}"), tmp_path) for name in "ab"]
+    draw_curves([result.run for result in runs], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(drawn) == 4
+    (rounds, accuracy), (sent, again) = drawn[:2]
+    assert rounds == [0, 2, 3]
+    assert accuracy == again == runs[0].history["accuracy"].dropna().tolist()
+    assert sent[-1] == runs[0].summary["bytes_up"] / 1e6
 
 
 def test_equal_runs(tmp_path: Path) -> None:

@@ -247,6 +247,61 @@ def test_cuts_and_tunings_never_share_features(tmp_path: Path, monkeypatch: pyte
             assert len(list((tmp_path / "features").iterdir())) == number
 
 
+def test_another_transform_never_shares_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the size that images are resized to nor how they are augmented changes a weight."""
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    for size in (16, 24):
+        model = {"name": "timm:tf_efficientnet_lite0", "image_size": size}
+        build(experiment(True, model=model)).evaluate_split("test")
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    for number, area in enumerate((1.0, 0.5, 0.25), start=1):
+        task = build(experiment(True, augmentation={"area": area, "flip": True, "views": 1}))
+        task.train_batch(task.data.client(0))
+        assert len(list((tmp_path / "features").iterdir())) == 2 + number
+
+
+def test_tunings_of_ours_with_the_same_cut_share_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a mode adds has a name in the state; somebody else's mode, or a hooked module, is apart."""
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+
+    def files() -> int:
+        return len(list((tmp_path / "features").iterdir()))
+
+    for tuning in ({"name": "head"}, {"name": "clip-adapter"}, {"name": "prompt", "tokens": 2}):
+        build(experiment(True, tuning=tuning)).evaluate_split("test")
+        assert files() == 1
+    build(experiment(True, tuning={"name": "tests.test_features:hooking"})).evaluate_split("test")
+    assert files() == 2
+
+    hooked = build(experiment(True))
+    hooked.model.backbone.visual.transformer.register_forward_hook(lambda module, given, out: 2 * out)
+    hooked.evaluate_split("test")
+    assert files() == 3
+
+
+def hooking(model: Classifier, /) -> Classifier:
+    """A mode that changes what a frozen module puts out."""
+    model.backbone.visual.transformer.register_forward_hook(lambda module, given, out: 3 * out)
+    return train_only(model, lambda name: name.startswith("head."), mode="hooking")
+
+
+def test_features_of_all_rows_serve_every_seed_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    for seed in range(2):
+        for shots in (2, 4):
+            given = experiment(True, seed=seed, features={"rows": "all"})
+            task = build(given.replace(f"partition.shots={shots}", "features.cache=true"))
+            rows = task.data.client(1)
+            with torch.no_grad():
+                expected = task.model.backbone(torch.from_numpy(task.data.arrays.train_x[rows]))
+            torch.testing.assert_close(task.train_batch(rows)[0], expected, rtol=1e-5, atol=1e-5)
+            assert len(list((tmp_path / "features").iterdir())) == 1
+
+
 def test_another_model_or_other_data_never_share_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,19 @@ def test_the_table_is_made_from_the_results_alone() -> None:
     )
 
 
+def test_results_have_the_curve_and_the_other_accuracies(tmp_path: Path) -> None:
+    base = tiny("evaluation.split=both", "evaluation.every=2")
+    (result,) = Sweep(tmp_path / "s", base, {"seed": [0]}).run(silent)
+    summary = result["summary"]
+    assert [number for number, *_ in result["curve"]] == [0, 2, 3]
+    assert result["curve"][0] == [0, 0, summary["accuracy_start"]]
+    assert result["curve"][-1] == [3, summary["bytes_up"], summary["accuracy"]]
+    head, _, row = ([cell.strip() for cell in line.split("|")] for line in table_of([result]).splitlines())
+    shown = dict(zip(head, row, strict=True))
+    for name, key in {"local": "", "local worst": "_worst", "local start": "_start"}.items():
+        assert shown[name] == f"{summary[f'local_accuracy{key}']:.3f}"
+
+
 def test_keys_that_belong_together_are_cells() -> None:
     grid = {
         "seed": [0, 1],

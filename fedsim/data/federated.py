@@ -22,6 +22,7 @@ from fedsim.data.attributes import Attribute, conformed
 from fedsim.data.partition import Partition, partition
 from fedsim.data.sources import Arrays, stratified
 from fedsim.data.store import load_arrays
+from fedsim.errors import UserError
 
 if TYPE_CHECKING:
     from fedsim.data.forgotten import Forgotten
@@ -41,12 +42,19 @@ class FederatedData:
         partition: positions of each client in the training arrays.
         validation: sorted positions in the training arrays that the server holds back, int64.
         forgotten: what the run must do without (`fedsim.data.forgotten`); None: nothing.
+        new_classes: how many classes, the last, nobody trains on (base-to-new).
     """
 
     arrays: Arrays
     partition: Partition
     validation: Integers
     forgotten: Forgotten | None = None
+    new_classes: int = 0
+
+    @property
+    def base_classes(self) -> int:
+        """How many classes, the first, are trained on."""
+        return len(self.arrays.classes) - self.new_classes
 
     @property
     def info(self) -> DataInfo:
@@ -106,6 +114,7 @@ def load(
     *,
     clients: int,
     shots: int | None = None,
+    new_classes: int = 0,
     pooled: bool = False,
     validation: float = 0.0,
     seed: int = 0,
@@ -120,6 +129,7 @@ def load(
         partition_options: its own keys.
         clients: number of clients.
         shots: samples per class and client, or None for all.
+        new_classes: how many classes, the last, no client and no validation split gets.
         pooled: one client with everybody's samples (the centralised baseline).
         validation: share of each class of the training data that the server holds back.
         seed: of the validation split and the partition.
@@ -130,8 +140,9 @@ def load(
     """
     arrays = load_arrays(data_name, data_options, roots=roots)
     labels = np.asarray(arrays.train_y)
-    held = stratified(labels, validation, seed=seed) if validation else np.empty(0, np.int64)
-    rest = np.setdiff1d(np.arange(len(labels)), held)
+    base = np.flatnonzero(labels < _base_classes(arrays, new_classes))
+    held = base[stratified(labels[base], validation, seed=seed)] if validation else np.empty(0, np.int64)
+    rest = np.setdiff1d(base, held)
     groups = None if arrays.groups is None else np.asarray(arrays.groups)[rest]
     dealt = partition(
         partition_name,
@@ -144,7 +155,28 @@ def load(
         seed=seed,
         attributes=_codes(arrays, rest),
     )
-    return FederatedData(arrays, Partition(rest[dealt.indices], dealt.offsets), held)
+    return FederatedData(arrays, Partition(rest[dealt.indices], dealt.offsets), held, new_classes=new_classes)
+
+
+def _base_classes(arrays: Arrays, new_classes: int) -> int:
+    """How many classes are trained on.
+
+    Raises:
+        UserError: fewer than two base classes are left, or the test set has no sample of one of both kinds.
+    """
+    base = len(arrays.classes) - new_classes
+    if new_classes and base < 2:
+        raise UserError(
+            f"[partition] new_classes = {new_classes}, but the data have {len(arrays.classes)} classes and "
+            f"at least two must be trained on; give at most {len(arrays.classes) - 2}"
+        )
+    tested = np.asarray(arrays.test_y) < base
+    if new_classes and tested.all() | ~tested.any():
+        raise UserError(
+            f"[partition] new_classes = {new_classes}, but the test set has samples of "
+            f"{'base' if tested.all() else 'new'} classes alone; base-to-new needs both"
+        )
+    return base
 
 
 def _codes(arrays: Arrays, rows: Integers) -> dict[str, Integers]:
@@ -167,6 +199,7 @@ def load_own(
     *,
     client: int,
     clients: int,
+    new_classes: int = 0,
     roots: Sequence[Path] = (),
     attributes: tuple[Attribute, ...] = (),
 ) -> FederatedData:
@@ -177,6 +210,7 @@ def load_own(
         options: keys of `[data]` that apply to that kind (image `size`, say).
         client: which client the node is.
         clients: how many there are; the others have nothing here.
+        new_classes: how many classes, the last, are not trained on.
         roots: folders in which a relative path is looked up.
         attributes: those of the server's data, as which the node's own are coded.
 
@@ -187,9 +221,9 @@ def load_own(
     arrays = load_arrays(f"{kind}:{path}", options, roots=roots)
     if attributes:
         arrays = replace(arrays, attributes=attributes, **_conformed(arrays, attributes, path))
-    rows = np.arange(len(arrays.train_y))
+    rows = np.flatnonzero(np.asarray(arrays.train_y) < _base_classes(arrays, new_classes))
     offsets = np.where(np.arange(clients + 1) > client, len(rows), 0).astype(np.int64)
-    return FederatedData(arrays, Partition(rows, offsets), np.empty(0, np.int64))
+    return FederatedData(arrays, Partition(rows, offsets), np.empty(0, np.int64), new_classes=new_classes)
 
 
 # -------------------------------------------------------------------------------- looking at a split

@@ -31,9 +31,10 @@ PERSONAL = {
 
 
 def experiment(strategy: str, *overrides: str, **tables: Any) -> Any:
-    tables = {"tuning": {"tokens": TOKENS}, "client": {"lr": 0.5, "batch_size": 16}, **tables}
     data = {"name": "digits", "rotate": 25.0, "noise": 0.1}
-    return tiny(*overrides, strategy={"name": strategy}, model={"name": "tiny-clip"}, data=data, **tables)
+    client = {"lr": 0.5, "batch_size": 16}
+    tables = {"data": data, "tuning": {"tokens": TOKENS}, "client": client, **tables}
+    return tiny(*overrides, strategy={"name": strategy}, model={"name": "tiny-clip"}, **tables)
 
 
 class Wire(Hook):
@@ -92,6 +93,83 @@ def test_it_learns_and_the_export_is_the_result(tmp_path: Path) -> None:
 
     head = load_file(tmp_path / "out" / "open_clip" / "head.safetensors")
     assert head["weight"].shape == (10, 64)
+
+
+def copies(file: Path, clients: int) -> dict[str, Any]:
+    """Data whose natural owners all have the same 40 digits."""
+    from fedsim.data.store import load_arrays
+
+    digits = load_arrays("digits", {"rotate": 25.0})
+    rows = np.tile(np.arange(40), clients)
+    np.savez(
+        file,
+        x_train=digits.train_x[rows],
+        y_train=digits.train_y[rows],
+        x_test=digits.test_x,
+        y_test=digits.test_y,
+        classes=np.array(digits.classes),
+        groups=np.repeat(np.arange(clients), 40),
+    )
+    return {"data": {"name": f"npz:{file}"}, "partition": {"name": "natural", "clients": clients}}
+
+
+@pytest.mark.parametrize("strategy", ["promptfl", "fedclip"])
+def test_clients_with_equal_data_are_one_client(strategy: str, tmp_path: Path) -> None:
+    """Batches are whole, so that the order of samples, which is a client's own, is no difference."""
+    tuning = {"tokens": TOKENS} if strategy == "promptfl" else {}
+    states = []
+    for clients in (1, 3):
+        tables = copies(tmp_path / f"{clients}.npz", clients)
+        client = {"lr": 0.5 if strategy == "promptfl" else 0.003, "batch_size": 40, "epochs": 3}
+        states.append(run(experiment(strategy, client=client, tuning=tuning, **tables), tmp_path).state())
+    for name, value in states[0].items():
+        np.testing.assert_allclose(states[1][name], value, rtol=1e-4, atol=1e-5)
+    start = build(experiment(strategy, tuning=tuning)).initial_payload()
+    assert any(np.abs(states[0][name] - array.numpy()).max() > 1e-3 for name, array in start.items())
+
+
+DISJOINT = {"name": "pathological", "clients": 5, "overlap": False, "shots": 16}
+
+
+def test_averaging_beats_training_alone_when_nobody_has_all_classes(tmp_path: Path) -> None:
+    """Global test, mean over three seeds; without sharing a client's prompt forgets the others' classes."""
+    together, alone = [], []
+    for seed in range(3):
+        changes = [f"seed={seed}", "rounds=5", "client.momentum=0.0", 'baselines=["local-only"]']
+        summary = run(experiment("promptfl", *changes, partition=DISJOINT), tmp_path / str(seed)).summary
+        together.append(summary["accuracy"])
+        alone.append(summary["accuracy_local_only"])
+    assert np.mean(together) > np.mean(alone) + 0.03
+
+
+def test_local_coop_fedprox_and_fine_tuning_are_settings(tmp_path: Path) -> None:
+    """The rows of the table beside PromptFL: one key each, and each does what it is called."""
+    skewed = {"partition": DISJOINT, "evaluation": {"split": "both", "every": 3}}
+    plain = run(experiment("promptfl", **skewed), tmp_path / "plain")
+    held = run(experiment("promptfl", "client.proximal_mu=50.0", "client.clip=1.0", **skewed), tmp_path / "p")
+    tuned = run(experiment("promptfl", "evaluation.fine_tune=5", **skewed), tmp_path / "tuned")
+    local = run(experiment("local-only", "tuning.name=prompt", **skewed), tmp_path / "local")
+    start = build(experiment("promptfl", **skewed)).initial_payload()["head.context"].numpy()
+
+    def moved(result: Any) -> float:
+        return float(np.linalg.norm(result.state()["head.context"] - start))
+
+    assert 0 < moved(held) < moved(plain)
+    assert tuned.summary["digest"] == plain.summary["digest"]
+    assert tuned.summary["local_accuracy"] > plain.summary["local_accuracy"]
+    assert local.summary["bytes_up"] == 0
+    assert local.summary["local_accuracy"] > local.summary["local_accuracy_start"]
+    for result in (plain, held, tuned, local):
+        assert {"local_accuracy_worst", "local_accuracy_spread"} <= result.summary.keys()
+
+
+def test_a_prompt_of_base_classes_reads_new_names(tmp_path: Path) -> None:
+    """Base-to-new: base classes gain, and new ones are still read off their names."""
+    given = experiment("promptfl", "rounds=8", "partition.new_classes=4", "client.momentum=0.0")
+    summary = run(given.replace("partition.shots=16"), tmp_path).summary
+    assert summary["base_accuracy"] > summary["base_accuracy_start"] + 0.03
+    assert summary["new_accuracy"] > 1.5 / 4
+    assert 0 < summary["harmonic_accuracy"] < 1
 
 
 def test_a_cached_run_is_the_same(tmp_path: Path) -> None:
