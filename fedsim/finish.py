@@ -95,7 +95,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
 
 
 def _more_accuracies(progress: Progress) -> dict[str, float]:
-    """Where accuracies on other parts of the data or over clients began; the harmonic mean of base and new."""
+    """Where accuracies on other parts of the data or over clients began; harmonic mean of base and new."""
     found: dict[str, float] = {}
     for key in progress.last:
         if key.endswith("_accuracy") and key != "validation_accuracy" and key in progress.start:
