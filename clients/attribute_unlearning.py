@@ -46,7 +46,8 @@ class Detaching:
         self.model = _detachable(task)
         self.detacher: Any = self.model.get_submodule("detacher")
         self.networks = list(self.detacher.parameters())
-        self.tool = torch.optim.Adam(self.networks, lr=self.detacher.lr) if self.networks else None
+        rate: Any = self.detacher.lr
+        self.tool = torch.optim.Adam(self.networks, lr=float(rate)) if self.networks else None
         self.strength, self.head_only = 0.0, False
 
     def begin(self, task: Task, config: ConfigRecord) -> None:

@@ -210,7 +210,8 @@ class Task:
     @property
     def attributes(self) -> Sequence[str]:
         """Names of the attributes that are to be unlearned."""
-        return self.experiment["detacher"].common.get("attributes", ())
+        names: Sequence[str] = self.experiment["detacher"].common.get("attributes", ())
+        return names
 
     def inputs_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
         """Inputs of `network` for rows of the `train` or `test` part, on the device."""

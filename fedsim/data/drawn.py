@@ -6,7 +6,7 @@ plus for the second half of the classes. Everything follows from the keys: the s
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,12 +39,12 @@ def tinted_digits(
     """
     images, labels = all_digits()
     rng = np.random.default_rng(88)
-    z = correlated(labels >= 5, correlation, rng)
-    shift = (2 * z - 1) * tint + rng.normal(0.0, noise, len(z))
+    codes = correlated(labels >= 5, correlation, rng)
+    shift = (2 * codes - 1) * tint + rng.normal(0.0, noise, len(codes))
     factors = np.stack([1 - shift, 1 + shift], 1)[:, :, None, None]
     pixels = np.rint(np.clip(images[:, None] * factors * 0.7, 0, 1) * 255).astype(np.uint8)
     train = len(labels) - _TINTED_TEST
-    z = z.astype(np.float32)[:, None]
+    z = codes.astype(np.float32)[:, None]
     attributes = (Attribute("tint", ("first", "second")),)
     parts = (pixels[:train], labels[:train], pixels[train:], labels[train:])
     return Arrays(*parts, DIGIT_WORDS, None, attributes, z[:train], z[train:])
@@ -94,7 +94,7 @@ def avatars(
     z = np.stack([*(codes[name].astype(np.float32) for name in others), width], 1)
     attributes = (*(Attribute(name, LOOKS[name]) for name in others), Attribute("width"))
     train, test = slice(None, train_samples), slice(train_samples, None)
-    parts: tuple[Any, ...] = (x[train], y[train], x[test], y[test])
+    parts = (x[train], y[train], x[test], y[test])
     return Arrays(*parts, LOOKS[label], None, attributes, z[train], z[test])
 
 

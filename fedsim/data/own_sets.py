@@ -65,7 +65,7 @@ def npz(*, path: str, test_fraction: Portion = 0.2) -> Arrays:
     return Arrays(xs[0], ys[0], xs[1], ys[1], *rest)
 
 
-def _attributes_of(contents: dict[str, Array], path: str, whole: bool) -> tuple[Attributes]:
+def _attributes_of(contents: dict[str, Array], path: str, whole: bool) -> Attributes:
     """Attributes of an archive and their values; of a whole one, the same values for both parts."""
     suffixes = {"train": "", "test": ""} if whole else {"train": "_train", "test": "_test"}
     keys = [key for key in contents if key.startswith("z_") and key.endswith(suffixes["train"])]

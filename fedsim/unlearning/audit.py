@@ -75,7 +75,7 @@ def answer(
     """
     found: Arrays = {k: v for k, v in probes.items() if k.endswith(f"/{_MIDDLE}")}
     codes = [_codes(a, column, probes) for a, column in zip(attributes, z.T, strict=True)]
-    varied = all(len(own[~held & (own >= 0)].unique()) > 1 for own in codes)
+    varied = all(len(torch.bincount(own[~held & (own >= 0)]).nonzero()) > 1 for own in codes)
     for attribute, own in zip(attributes, codes, strict=True):
         judged, used = held & (own >= 0), ~held & (own >= 0)
         groups = groups_of(attribute)

@@ -14,6 +14,7 @@ samples are left out by masks, never by branches, so that a step runs on `meta` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,9 @@ class Mmd(nn.Module):
         categorical(space.attributes, "mmd")
         self.attributes = space.attributes
         self.classes = space.classes if given_label else 1
+        for column, attribute in enumerate(space.attributes):
+            same = same_block([attribute.groups] * self.classes)
+            self.register_buffer(f"same{column}", same, persistent=False)
 
     def forward(self, h: Tensor, z: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
         """Sum over attributes of the mean MMD² between groups; about 0 for equal groups, 2 at most."""
@@ -79,20 +83,20 @@ class Mmd(nn.Module):
             cells = one_hot(z[:, column], attribute.groups)
             if self.classes > 1:
                 cells = (one_hot(labels, self.classes)[:, :, None] * cells[:, None, :]).flatten(1)
-            total = total + self._between(kernel, cells, attribute.groups)
+            total = total + self._between(kernel, cells, self.get_buffer(f"same{column}"))
         return total
 
-    def _between(self, kernel: Tensor, cells: Tensor, groups: int) -> Tensor:
-        """Mean MMD² over pairs of cells of the same class; kernel [n, n], cells [n, classes * groups]."""
+    def _between(self, kernel: Tensor, cells: Tensor, same: Tensor) -> Tensor:
+        """Mean MMD² over pairs of cells of the same class; kernel [n, n], cells [n, c], same [c, c]."""
         count = cells.sum(0)
         sums = cells.T @ kernel @ cells
         within = (sums.diagonal() - count) / (count * (count - 1)).clamp(min=1)  # k(x, x) = 1 is left out
         across = sums / (count[:, None] * count[None, :]).clamp(min=1)
         squared = within[:, None] + within[None, :] - 2 * across
-        same = torch.block_diag(*[torch.ones(groups, groups, device=kernel.device)] * self.classes)
         there = (count >= 2).float()
         pairs = (there[:, None] * there[None, :] * same).triu(1)
-        return (pairs * squared).sum() / pairs.sum().clamp(min=1)
+        mean: Tensor = (pairs * squared).sum() / pairs.sum().clamp(min=1)
+        return mean
 
 
 class Covariance(nn.Module):
@@ -132,6 +136,12 @@ def categorical(attributes: tuple[Attribute, ...], detacher: str) -> None:
 def one_hot(codes: Tensor, groups: int) -> Tensor:
     """Codes [n] -> float32 [n, groups]; a code that is not known (-1) is a row of zeros."""
     return (codes[:, None] == torch.arange(groups, device=codes.device)).float()
+
+
+def same_block(sizes: Sequence[int]) -> Tensor:
+    """Which pairs of groups belong to one block, float32 [groups, groups], for blocks of these sizes."""
+    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return (block[:, None] == block[None, :]).float()
 
 
 def group_means(h: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:

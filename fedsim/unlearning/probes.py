@@ -64,6 +64,7 @@ class Probe(nn.Module):
 
     def __init__(self, width: int, groups: int, kind: Kind) -> None:
         super().__init__()
+        self.groups = groups
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         if kind == "linear":
@@ -98,8 +99,7 @@ def group_weights(codes: Tensor, groups: int) -> Tensor:
 
 def train(probe: Probe, h: Tensor, codes: Tensor, *, epochs: int, seed: int) -> None:
     """Adam with a falling learning rate on h [n, d] and known codes int64 [n], in place."""
-    groups = probe.layers[-1].out_features
-    weights = group_weights(codes, int(groups))
+    weights = group_weights(codes, probe.groups)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=_LR, weight_decay=_DECAY)
     steps = epochs * math.ceil(len(h) / _BATCH)
     for number, rows in enumerate(_batches(len(h), epochs, seed)):
@@ -111,8 +111,7 @@ def train(probe: Probe, h: Tensor, codes: Tensor, *, epochs: int, seed: int) -> 
 
 def solve(probe: Probe, h: Tensor, codes: Tensor) -> None:
     """A linear probe to its optimum (L-BFGS), with the usual penalty |w|² / 2n."""
-    groups = probe.layers[-1].out_features
-    weights = group_weights(codes, int(groups))
+    weights = group_weights(codes, probe.groups)
     parameters = list(probe.parameters())
     tool = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
@@ -155,7 +154,7 @@ def attack(
         train_z, test_z, groups = (train_z > middle).float(), (test_z > middle).float(), 2
     train_h, codes = train_h[train_z >= 0], train_z[train_z >= 0].long()
     test_h, wanted = test_h[test_z >= 0], test_z[test_z >= 0].long()
-    if len(codes.unique()) < 2 or len(wanted) == 0:
+    if len(torch.bincount(codes).nonzero()) < 2 or len(wanted) == 0:
         return Attack(1 / groups, math.nan, 1 / groups, math.nan)
     probe = new_probe(train_h.shape[1], groups, kind, seed).to(train_h.device)
     probe.standardise(train_h.mean(0), train_h.std(0))
@@ -179,4 +178,6 @@ def confusion(guessed: Tensor, wanted: Tensor, groups: int) -> Tensor:
 def _batches(count: int, epochs: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(_BATCH)
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count, _BATCH):
+            yield order[start : start + _BATCH]

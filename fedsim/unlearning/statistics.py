@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedsim.data.attributes import Attribute
 from fedsim.errors import UserError
-from fedsim.unlearning.detach import group_means, one_hot
+from fedsim.unlearning.detach import group_means, one_hot, same_block
 
 
 class GroupStatistics(nn.Module):
@@ -32,6 +32,7 @@ class GroupStatistics(nn.Module):
 
     sums: Tensor
     shares: Tensor
+    same: Tensor
 
     def __init__(self, attributes: tuple[Attribute, ...], width: int) -> None:
         super().__init__()
@@ -44,6 +45,8 @@ class GroupStatistics(nn.Module):
         groups = sum(attribute.groups for attribute in attributes)
         self.register_buffer("sums", torch.zeros(groups, width))
         self.register_buffer("shares", torch.zeros(groups))
+        same = same_block([attribute.groups for attribute in attributes])
+        self.register_buffer("same", same, persistent=False)
 
     def begin(self) -> None:
         """Keep what the server sent as the reference; collect anew."""
@@ -78,7 +81,7 @@ class GroupStatistics(nn.Module):
         variance = (h - h.mean(0)).square().mean(0).detach()
         scale = variance + 1e-3 * variance.mean() + 1e-12
         apart = ((means[:, None] - self._means[None, :]).square() / scale).mean(2)
-        blocks = [torch.ones(a.groups, a.groups, device=h.device) for a in self.attributes]
         lacking = (count == 0).float() * self._there
-        pairs = torch.block_diag(*blocks) * (count > 0).float()[:, None] * lacking[None, :]
-        return (pairs * apart).sum() / pairs.sum().clamp(min=1)
+        pairs = self.same * (count > 0).float()[:, None] * lacking[None, :]
+        mean: Tensor = (pairs * apart).sum() / pairs.sum().clamp(min=1)
+        return mean

@@ -20,6 +20,7 @@ def trained(folder: Path, *overrides: str) -> Run:
     """A finished run of plain averaging, that has never heard of attributes."""
     tables = {
         "data": {"name": "tinted-digits"},
+        "partition": {"name": "iid", "clients": 3},
         "model": {"name": "cnn", "width": 8},
         "client": {"optimizer": "adamw", "lr": 0.003},
     }
