@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedsim.errors import UserError
 from fedsim.session import Session
 
 app = typer.Typer(
@@ -82,11 +83,20 @@ def verify(
     Without NAME: all that are here.
     """
     with Session(debug=debug) as session:
+        from rich.markup import escape
+
         from fedsim.data import assets
 
-        here = [entry.name for entry in assets.entries() if entry.folder]
+        here = [entry.name for entry in assets.entries() if entry.folder or entry.damaged]
+        damaged = []
         for name in assets.expand(names) if names else here:
-            folder = assets.verify(name)
-            session.console.print(f"[green]✓[/] {name:<20} {folder}", highlight=False, soft_wrap=True)
+            try:
+                line = f"[green]✓[/] {name:<20} {assets.verify(name)}"
+            except UserError as error:
+                damaged.append(name)
+                line = f"[red]✗[/] {escape(str(error))}"
+            session.console.print(line, highlight=False, soft_wrap=True)
+        if damaged:
+            raise UserError(f"not as they should be: fedsim assets fetch {' '.join(damaged)}")
         if not names and not here:
             session.note("nothing is fetched yet: fedsim assets fetch NAME")

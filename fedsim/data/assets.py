@@ -97,16 +97,19 @@ def path(name: str) -> Path:
     """The folder of a fetched asset.
 
     Raises:
-        UserError: unknown name, or it is not fetched.
+        UserError: unknown name, or it is not fetched, or damaged.
     """
-    found = _fetched(assets_folder() / name, _asset(name))
-    if found is None:
-        raise UserError(f"asset '{name}' is not on this machine: fedsim assets fetch {name}")
-    return found
+    if name in BUNDLES:
+        raise UserError(f"'{name}' is {' and '.join(BUNDLES[name])}: ask for one of them")
+    entry = _look(assets_folder() / name, name, _asset(name))
+    if entry.folder is None:
+        state = "damaged" if entry.damaged else "not on this machine"
+        raise UserError(f"asset '{name}' is {state}: fedsim assets fetch {name}")
+    return entry.folder
 
 
 def verify(name: str) -> Path:
-    """Read a fetched asset from end to end and compare it with its pin.
+    """Read a fetched asset from end to end and compare it with its pin; what differs is fetched anew next time.
 
     Returns:
         Its folder.
@@ -117,9 +120,10 @@ def verify(name: str) -> Path:
     folder = path(name)
     found = content_digest(folder)
     if found != ASSETS[name].digest:
+        (folder / _META).unlink(missing_ok=True)
         raise UserError(
             f"asset '{name}' in {folder} is damaged: its digest is {found[:16]}..., not "
-            f"{ASSETS[name].digest[:16]}...; delete that folder and run: fedsim assets fetch {name}"
+            f"{ASSETS[name].digest[:16]}...; mend it with: fedsim assets fetch {name}"
         )
     return folder
 

@@ -100,10 +100,12 @@ def test_damage_is_found_by_size_when_used_and_by_content_when_verified(shelf: S
     file = shelf.folder / "numbers.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + b"\x7f")
-    with pytest.raises(UserError, match=r"damaged.*delete that folder"):
+    with pytest.raises(UserError, match=r"damaged.*fedsim assets fetch numbers"):
         assets.verify("numbers")
+    assert assets.fetch(["numbers"]) == [shelf.folder]  # what was found out is mended by the next fetch
+    assert assets.verify("numbers") == shelf.folder
     file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="not on this machine"):
+    with pytest.raises(UserError, match=r"is damaged: fedsim assets fetch numbers"):
         assets.path("numbers")
     assets.fetch(["numbers"])
     assert file.read_bytes() == whole
@@ -254,9 +256,16 @@ def test_the_command_line(shelf: Shelf) -> None:
     assert runner.invoke(app, ["assets", "path", "numbers"]).output == f"{shelf.folder}\n"
     assert "✓ numbers" in runner.invoke(app, ["assets", "verify"]).output
     (shelf.folder / "numbers.npy").write_bytes((shelf.folder / "numbers.npy").read_bytes()[:-1] + b"\x7f")
-    damaged = runner.invoke(app, ["assets", "verify", "numbers"])
-    assert damaged.exit_code == 2
-    assert "damaged" in damaged.output
+    for command in (["verify", "numbers"], ["verify"]):  # the second time it is known to be damaged
+        damaged = runner.invoke(app, ["assets", *command])
+        assert damaged.exit_code == 2
+        assert "✗ asset 'numbers'" in damaged.output
+        assert "fedsim assets fetch numbers" in damaged.output
+
+
+def test_a_bundle_has_no_path_of_its_own() -> None:
+    with pytest.raises(UserError, match="'clip-lite' is efficientnet-lite0 and minilm: ask for one of them"):
+        assets.path("clip-lite")
 
 
 def test_list_and_doctor_tell_what_is_here_absent_and_damaged(
