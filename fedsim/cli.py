@@ -117,6 +117,10 @@ def sweep(
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Values of a key (repeat); adds to [sweep].")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="Run the cells with these values alone (repeat)."),
+    ] = None,
     overrides: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep folder (default: NAME-sweep).")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells that run side by side.")] = 1,
@@ -134,11 +138,14 @@ def sweep(
         session.on_interrupt = "interrupted; the same command goes on"
         with session.loading():
             from fedsim import config
-            from fedsim.sweep import Sweep, parse_grid
+            from fedsim.sweep import Sweep, check_overrides, chosen, parse_grid
 
             base = config.load(file, overrides or [])
             found = Sweep.open(base, parse_grid(grid or []), name=name, parent=folder)
-        results = _run_cells(session, found, jobs=jobs, debug=debug)
+            check_overrides(overrides or [], found.cells)
+            wanted = parse_grid(only or [], "--only")
+            chosen(wanted, found.cells)
+        results = _run_cells(session, found, jobs=jobs, debug=debug, only=wanted)
         _show_sweep(session, found, results)
         if as_json:
             print(json.dumps({"sweep": str(found.folder), "results": results}))
@@ -386,7 +393,9 @@ def _next_command(finished: Run, experiment: Experiment, file: str | None) -> st
     return f"fedsim run {file or 'quickstart'} --set {change}"
 
 
-def _run_cells(session: Session, found: Sweep, *, jobs: int, debug: bool) -> list[dict[str, Any]]:
+def _run_cells(
+    session: Session, found: Sweep, *, jobs: int, only: dict[str, list[Any]], debug: bool
+) -> list[dict[str, Any]]:
     """Run a sweep, one line per cell."""
     total = len(found.cells)
     width = len(str(total))
@@ -403,7 +412,7 @@ def _run_cells(session: Session, found: Sweep, *, jobs: int, debug: bool) -> lis
         session.console.print(line, highlight=False, soft_wrap=True)
 
     return found.run(
-        lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug, jobs=jobs
+        lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug, jobs=jobs, only=only
     )
 
 

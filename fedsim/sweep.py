@@ -78,7 +78,7 @@ class Cell:
 # ---------------------------------------------------------------------------------------- the grid
 
 
-def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
+def parse_grid(texts: Iterable[str], option: str = "--grid") -> dict[str, list[Any]]:
     """`["seed=0,1", "tuning.name=bias,head"]` -> lists of TOML values (bare words are strings).
 
     Raises:
@@ -88,9 +88,44 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
     for text in texts:
         key, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not key or not values.strip(","):
-            raise UserError(f"--grid {text}: expected KEY=VALUE,VALUE, for example --grid seed=0,1,2")
+            raise UserError(f"{option} {text}: expected KEY=VALUE,VALUE, for example {option} seed=0,1,2")
         grid[key] = _values(values)
     return grid
+
+
+def chosen(only: Mapping[str, Sequence[Any]], cells: Sequence[Cell]) -> set[int]:
+    """Numbers of the cells whose keys have one of the given values.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = {
+        number
+        for number, cell in enumerate(cells)
+        if all(cell.keys.get(key) in values for key, values in only.items())
+    }
+    if not found:
+        keys = ", ".join(dict.fromkeys(key for cell in cells for key in cell.keys))
+        raise UserError(f"--only: no cell is {_words(only)}; cells differ in {keys}")
+    return found
+
+
+def check_overrides(overrides: Iterable[str], cells: Sequence[Cell]) -> None:
+    """Refuse `--set` on a key that every cell sets again.
+
+    Raises:
+        UserError: names the key.
+    """
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if cells and all(key in cell.keys for cell in cells):
+            raise UserError(
+                f"--set {text}: every cell of this sweep sets {key}; --only {text} runs those that have it"
+            )
+
+
+def _words(grid: Mapping[str, Sequence[Any]]) -> str:
+    return " ".join(f"{key}={','.join(map(_plain, values))}" for key, values in grid.items())
 
 
 def _values(text: str) -> list[Any]:
@@ -122,6 +157,14 @@ def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
         [value if isinstance(value, Mapping) else {key: value} for value in values]
         for key, values in grid.items()
     ]
+    owners: dict[str, str] = {}
+    for axis, values in zip(grid, axes, strict=True):
+        for key in dict.fromkeys(key for table in values for key in table):
+            if owners.setdefault(key, axis) != axis:
+                raise UserError(
+                    f"'{owners[key]}' and '{axis}' of this sweep both set {key}; to run some of its cells: "
+                    f"--only {key}=VALUE"
+                )
     for tables in itertools.product(*axes):
         keys = {key: value for table in tables for key, value in table.items()}
         # a name chooses another object and drops the former one's keys: it goes first
@@ -196,10 +239,12 @@ class Sweep:
         after: Callable[[int, Cell, Result], None] = lambda number, cell, result: None,
         stop_on_error: bool = False,
         jobs: int = 1,
+        only: Mapping[str, Sequence[Any]] | None = None,
     ) -> list[Result]:
         """Run what is not finished; results and table are written after each cell.
 
         Args:
+            only: key -> values: unfinished cells with others are left for later.
             watch: hooks of a cell; not used with several jobs.
             after: told every cell's result, those of earlier calls too.
             stop_on_error: raise what a cell raises, instead of recording it and going on.
@@ -217,10 +262,13 @@ class Sweep:
 
         with Run(self.folder).lock():
             todo = []
+            wanted = chosen(only or {}, self.cells)
             for number, cell in enumerate(self.cells):
                 found = self._finished(cell)
                 if found is not None:
                     done(number, found)
+                elif number not in wanted:
+                    continue
                 elif jobs > 1:
                     todo.append(number)
                 else:

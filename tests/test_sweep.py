@@ -14,7 +14,7 @@ from fedsim.cli import app
 from fedsim.errors import UserError
 from fedsim.hooks import Hook
 from fedsim.runs import Run
-from fedsim.sweep import Cell, Sweep, cells_of, parse_grid, slug, table_of
+from fedsim.sweep import Cell, Sweep, cells_of, check_overrides, chosen, parse_grid, slug, table_of
 from tests.helpers import StopAt, tiny
 
 GRID = {"seed": [0, 1], "client.lr": [0.1, 0.01]}
@@ -203,3 +203,41 @@ def test_keys_that_belong_together_are_cells() -> None:
     ]
     assert [cell.experiment["client"].options["lr"] for cell in found] == [0.1, 0.5, 0.1, 0.5]
     assert len({cell.experiment.name for cell in found}) == 4
+
+
+TABLES = {
+    "modes": [{"tuning.name": "head", "client.lr": 0.1}, {"tuning.name": "bias", "client.lr": 0.01}],
+    "seed": [0, 1],
+}
+
+
+def test_a_key_that_two_lists_set_is_refused() -> None:
+    base = tiny("rounds=1", model={"name": "tiny-clip"})
+    with pytest.raises(
+        UserError, match=r"'modes' and 'tuning\.name' of this sweep both set tuning\.name.*--only"
+    ):
+        cells_of(base, {**TABLES, "tuning.name": ["head"]})
+
+
+def test_an_override_that_cells_hide_is_refused() -> None:
+    cells = cells_of(tiny("rounds=1", model={"name": "tiny-clip"}), TABLES)
+    check_overrides(["rounds=3"], cells)
+    with pytest.raises(
+        UserError, match=r"--set client\.lr=1: every cell of this sweep sets client\.lr; --only"
+    ):
+        check_overrides(["client.lr=1"], cells)
+
+
+def test_only_some_cells_are_run_and_the_others_later(tmp_path: Path) -> None:
+    base = tiny("rounds=1", model={"name": "tiny-clip"})
+    found = Sweep(tmp_path / "s", base, TABLES)
+    with pytest.raises(
+        UserError, match=r"--only: no cell is tuning\.name=full; cells differ in tuning\.name, cl"
+    ):
+        found.run(silent, only={"tuning.name": ["full"]})
+    first = found.run(silent, only={"tuning.name": ["bias"], "seed": [1]})
+    assert [r["cell"] for r in first] == [{"tuning.name": "bias", "client.lr": 0.01, "seed": 1}]
+    second = found.run(silent, only={"seed": [1]})
+    assert [r["cell"]["tuning.name"] for r in second] == ["head", "bias"]
+    assert second[1] == first[0]
+    assert chosen({}, found.cells) == {0, 1, 2, 3}

@@ -109,7 +109,7 @@ def path(name: str) -> Path:
 
 
 def verify(name: str) -> Path:
-    """Read a fetched asset from end to end and compare it with its pin; what differs is fetched anew next time.
+    """Read a fetched asset from end to end and compare it with its pin; the next fetch mends what differs.
 
     Returns:
         Its folder.
