@@ -78,8 +78,10 @@ def main(name: str, rounds: int) -> None:
     start = time.perf_counter() - started - sum(times)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"rounds": times, "start": start, "peak": peak}))
+        print(json.dumps({"rounds": times, "start": start, "peak": peak}), flush=True)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an ordinary exit
 
 
 def seconds_per_round(name: str, rounds: int) -> list[float]:
