@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsim.data import assets
+from fedsim.data.asset_table import ASSETS
 from fedsim.data.attributes import Attribute, coded
 from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, divided, fixed_subset, stratified
 from fedsim.errors import UserError
@@ -65,7 +66,7 @@ def fashion_mnist(*, train_samples: Count | None = None, test_samples: Count | N
 
 def sentiment(
     *,
-    tokenizer: Literal["minilm"] = "minilm",
+    tokenizer: str = "minilm",
     max_tokens: Count = 64,
     train_samples: Count | None = None,
     test_samples: Count | None = None,
@@ -77,7 +78,8 @@ def sentiment(
     each domain is the test set. The domains (groups 0 to 3, in this order) differ in size and class mix.
 
     Args:
-        tokenizer: whose token ids.
+        tokenizer: whose token ids: "minilm", or a folder with the tokenizer.json of another encoder, whose
+            padding must be 0.
         max_tokens: length of every row: longer sentences are cut, shorter ones padded with 0.
         train_samples: a fixed subset of so many training sentences, stratified by domain and class.
         test_samples: the same for the test sentences.
@@ -92,23 +94,35 @@ def sentiment(
     clear = np.flatnonzero(np.abs(rating) > 1)
     y, domain = (rating[clear] > 0).astype(np.int64), domain[clear]
     texts = [sentences["text"][position] for position in clear]
-    x = _tokenised(texts, assets.path(tokenizer), max_tokens)
+    folder = assets.path(tokenizer) if tokenizer in ASSETS else Path(tokenizer).expanduser()
+    x, vocabulary = _tokenised(texts, folder, max_tokens)
     cells = 2 * domain + y
     test = stratified(cells, _TEST_FRACTION, seed=0)
     train = np.setdiff1d(np.arange(len(y)), test)
     train = train[fixed_subset(cells[train], train_samples, "train_samples")]
     test = test[fixed_subset(cells[test], test_samples, "test_samples")]
-    return Arrays(x[train], y[train], x[test], y[test], ("negative", "positive"), domain[train])
+    classes = ("negative", "positive")
+    return Arrays(x[train], y[train], x[test], y[test], classes, domain[train], vocabulary=vocabulary)
 
 
-def _tokenised(texts: list[str], folder: Path, length: int) -> Array:
+def _tokenised(texts: list[str], folder: Path, length: int) -> tuple[Array, int]:
+    """Token ids int32 [n, length], and how many words the tokenizer has."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"[data] tokenizer: there is no {file}")
+    tokenizer = Tokenizer.from_file(str(file))
+    zero = str(tokenizer.id_to_token(0))
+    if "pad" not in zero.lower():
+        raise UserError(
+            f"[data] tokenizer: in {file} word 0 is '{zero}'; fedsim pads with 0, where [PAD] must be"
+        )
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=0)
     # one by one: a batch would start threads, and a process with threads must not be forked
-    return np.array([tokenizer.encode(text).ids for text in texts], np.int32)
+    ids = np.array([tokenizer.encode(text).ids for text in texts], np.int32)
+    return ids, tokenizer.get_vocab_size()
 
 
 #: columns of the census that are numbers, and what they are divided by

@@ -62,7 +62,10 @@ class FederatedData:
         from fedsim.models.base import DataInfo
 
         x = self.arrays.train_x
-        return DataInfo(self.arrays.classes, tuple(x.shape[1:]), self.arrays.attributes, str(x.dtype))
+        arrays = self.arrays
+        return DataInfo(
+            arrays.classes, tuple(x.shape[1:]), arrays.attributes, str(x.dtype), vocabulary=arrays.vocabulary
+        )
 
     @property
     def clients(self) -> int:

@@ -47,6 +47,7 @@ class Arrays:
         train_z: their values, float32 [n, attributes] (see `fedsim.data.attributes`), or None.
         test_z: the same for the test samples [m, attributes].
         digest: sha256 over the content, in hex (computed when left out).
+        vocabulary: words of the tokenizer that the token ids are from, or None.
     """
 
     train_x: Array
@@ -59,6 +60,7 @@ class Arrays:
     train_z: Column | None = None
     test_z: Column | None = None
     digest: str = field(default="")
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if not self.digest:

@@ -137,7 +137,13 @@ def _open(folder: Path) -> Arrays | None:
         if any(list(arrays[name].shape) != shape for name, shape in meta["shapes"].items()):
             return None
         attributes = tuple(Attribute(name, tuple(values)) for name, values in meta["attributes"])
-        return Arrays(**arrays, classes=tuple(meta["classes"]), attributes=attributes, digest=meta["digest"])
+        return Arrays(
+            **arrays,
+            classes=tuple(meta["classes"]),
+            attributes=attributes,
+            vocabulary=meta.get("vocabulary"),
+            digest=meta["digest"],
+        )
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
@@ -153,6 +159,7 @@ def _write(folder: Path, arrays: Arrays) -> None:
         meta = {
             "classes": arrays.classes,
             "attributes": attributes,
+            "vocabulary": arrays.vocabulary,
             "digest": arrays.digest,
             "shapes": shapes,
         }

@@ -127,7 +127,11 @@ def size(workers: int | None, threads: int, gpu_fraction: float) -> int:
     fit = room(threads, gpu_fraction)
     if fit == 0:
         what = "GPU" if gpu_fraction > 0 else f"node with {threads} CPUs"
-        key = "engine.gpu_fraction = 0" if gpu_fraction > 0 else "a smaller engine.threads"
+        key = (
+            'engine.gpu_fraction = 0 and compute.device = "cpu"'
+            if gpu_fraction > 0
+            else "a smaller engine.threads"
+        )
         raise UserError(f"Ray has no {what} for a worker; set {key}")
     if workers is not None and workers > fit:
         per = f"engine.gpu_fraction = {gpu_fraction}" if gpu_fraction > 0 else f"engine.threads = {threads}"

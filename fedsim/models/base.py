@@ -38,6 +38,7 @@ class DataInfo:
         attributes: what else the data say of a sample.
         dtype: of the inputs as stored: uint8, int32 (token ids) or float32.
         folders: where relative paths of weights are looked up (`fedsim.lookup`).
+        vocabulary: words of the tokenizer that token ids are from, or None.
     """
 
     classes: tuple[str, ...]
@@ -45,6 +46,7 @@ class DataInfo:
     attributes: tuple[Attribute, ...] = ()
     dtype: str = "uint8"
     folders: tuple[Path, ...] = ()
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     token ids int [n, L], 0 pads ─ encoder ─> hidden states ─ mean over tokens ─> features [n, d] ─ Linear
 
-Token ids come with the data; they must be those of the encoder's own tokenizer, with 0 for padding.
+Token ids come with the data; they must be those of the encoder's own tokenizer, with 0 for padding. Data that
+know their tokenizer are refused where the numbers of words differ.
 
 A BERT is divided into units: embeddings, layers, mean. What passes between them is [n, L, d + 1]: the last
 channel says which tokens are no padding (1 or 0), so that a layer needs nothing but what comes from below.
@@ -143,11 +144,22 @@ def _build(data: DataInfo, name: str, *, pretrained: bool, source: str | None = 
             f"model 'hf:{name}' takes at most {longest} tokens, the data have {data.sample_shape[0]}; "
             "shorten the samples"
         )
+    words = getattr(encoder.config, "vocab_size", None)
+    if data.vocabulary is not None and words is not None and not _alike(data.vocabulary, words):
+        raise UserError(
+            f"model 'hf:{name}' knows {words} words, the token ids of the data come from a tokenizer with "
+            f'{data.vocabulary}; give the data the model\'s own: [data] tokenizer = "FOLDER"'
+        )
     width = getattr(encoder.config, "hidden_size", None)
     if width is None:
         raise UserError(f"model 'hf:{name}' states no hidden_size in config.json: it is no text encoder")
     backbone = TextBackbone(encoder, source or encoder.name_or_path)
     return Classifier(backbone, nn.Linear(width, len(data.classes))).eval()
+
+
+def _alike(tokenizer: int, embeddings: int) -> bool:
+    """Embeddings may be rounded up to a few more rows than the tokenizer has words."""
+    return tokenizer <= embeddings <= 1.02 * tokenizer
 
 
 def _load(name: str, folders: Sequence[Path], *, pretrained: bool) -> Any:

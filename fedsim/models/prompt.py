@@ -113,8 +113,8 @@ class PromptHead(nn.Module):
     def __init__(self, start: PromptStart, context: Tensor) -> None:
         super().__init__()
         self.context = nn.Parameter(context)
-        self.register_buffer("ids", start.layout.ids)
-        self.register_buffer("slots", start.layout.slots)
+        self.register_buffer("ids", start.layout.ids.to(start.fixed.device))
+        self.register_buffer("slots", start.layout.slots.to(start.fixed.device))
         self.register_buffer("fixed", start.fixed)
         self.register_buffer("logit_scale", start.logit_scale.detach().clone())
         self.tower = start.tower

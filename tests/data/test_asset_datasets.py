@@ -101,6 +101,28 @@ def test_sentiment_has_four_domains_and_a_stratified_test() -> None:
         load_arrays("sentiment", {"train_samples": 99_999})
 
 
+def test_sentences_in_the_words_of_another_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def folder(name: str, words: list[str]) -> dict[str, object]:
+        made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        (tmp_path / name).mkdir()
+        made.save(str(tmp_path / name / "tokenizer.json"))
+        return {"max_tokens": 8, "tokenizer": str(tmp_path / name)}
+
+    good = folder("good", ["[PAD]", "?", "movie"])
+    for _ in range(2):  # computed, then from the store
+        found = load_arrays("sentiment", good)
+        assert found.vocabulary == 3
+        assert set(np.unique(found.train_x)) == {0, 1, 2}
+    assert load_arrays("sentiment", {"max_tokens": 16}).vocabulary == 30522
+    with pytest.raises(UserError, match=r"is 'movie'.* pads with 0"):
+        load_arrays("sentiment", folder("bad", ["movie", "?"]))
+    with pytest.raises(UserError, match=r"\[data\] tokenizer: there is no .*tokenizer\.json"):
+        load_arrays("sentiment", {"tokenizer": str(tmp_path)})
+
+
 def test_image_subsets_are_stratified_and_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     for part, count in (("train", 200), ("test", 50)):

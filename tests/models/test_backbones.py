@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -184,6 +185,17 @@ def test_text_misuse(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot load the text encoder"):
         hf_model(TOKENS, name=str(tmp_path / "empty"))
+
+
+def test_token_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    folder = str(bert_folder(tmp_path))
+    words = make("bert", tmp_path).backbone.encoder.config.vocab_size
+    assert hf_model(replace(TOKENS, vocabulary=words), name=folder, pretrained=False)
+    for other in (words + 1, words // 2):
+        with pytest.raises(
+            UserError, match=f"knows {words} words, .* a tokenizer with {other}; give the data"
+        ):
+            hf_model(replace(TOKENS, vocabulary=other), name=folder, pretrained=False)
 
 
 def test_ridge_is_the_closed_form() -> None:
