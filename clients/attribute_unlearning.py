@@ -46,7 +46,8 @@ class Detaching:
         self.model = _detachable(task)
         self.detacher: Any = self.model.get_submodule("detacher")
         self.networks = list(self.detacher.parameters())
-        self.tool = torch.optim.Adam(self.networks, lr=_rate(self.detacher)) if self.networks else None
+        lr: Any = getattr(self.detacher, "lr", None)  # of the networks, where there are some
+        self.tool = torch.optim.Adam(self.networks, lr=lr) if self.networks else None
         self.strength, self.head_only = 0.0, False
 
     def begin(self, task: Task, config: ConfigRecord) -> None:
@@ -215,11 +216,6 @@ def _audit(
     seed = int(config[messages.SEED]) + int(config[messages.ROUND])  # type: ignore[arg-type]
     found, trained = audit.answer(model.attributes, probes, h, z, held, seed=seed)
     return messages.reply(message, messages.arrays_of(found), {messages.EXAMPLES: trained})
-
-
-def _rate(detacher: Any) -> float:
-    """Learning rate of a detacher's own networks."""
-    return float(detacher.lr)
 
 
 def _detachable(task: Task) -> Detachable:
