@@ -14,7 +14,7 @@ A table stands between a comment that describes it and `<!-- end -->`:
 was 0.6 for the first time (mean over seeds; "never" if one seed did not get there). An underscore in `value`
 and `show` stands for a blank.
 
-A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` wrote. Keys that a table
+A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` or `fedsim bench` wrote. Keys that a table
 of a sweep leaves out must not tell its rows apart.
 """
 
@@ -53,6 +53,8 @@ def made(results: Results, words: list[str]) -> str:
         return over_seeds(results)
     if "rules" in results[0]:
         return rules(results)
+    if "workload" in results[0]:
+        return benchmark(results)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     known = ("keys", "rows", "columns", "value", "show")
     shape = {key: given.pop(key).split(",") for key in known if key in given}
@@ -62,6 +64,20 @@ def made(results: Results, words: list[str]) -> str:
         return crosswise(chosen, shape["rows"], shape["columns"], value)
     kept = narrowed(chosen, shape["keys"]) if "keys" in shape else chosen
     return some_columns(kept, shape["keys"], shape["show"]) if "show" in shape else table_of(kept)
+
+
+def benchmark(results: Results) -> str:
+    """Seconds a round of every contender of `fedsim bench`, then the ratios with their bars."""
+    lines = [["workload", "seconds a round", "ratios: median (least to most), bar"], ["---"] * 3]
+    for row in results:
+        seconds = [f"{name} {found['median']:.3g}" for name, found in row["seconds"].items()]
+        ratios = [
+            f"{r['of']} / {r['to']} {r['median']:.3g} ({r['min']:.3g} to {r['max']:.3g})"
+            + (f", {r['bar']}" if r["bar"] else "")
+            for r in row["ratios"]
+        ]
+        lines.append([row["workload"], "<br>".join(seconds), "<br>".join(ratios)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def narrowed(results: Results, keys: list[str]) -> Results:
