@@ -14,8 +14,8 @@ A table stands between a comment that describes it and `<!-- end -->`:
 was 0.6 for the first time (mean over seeds; "never" if one seed did not get there). An underscore in `value`
 and `show` stands for a blank.
 
-A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` or `fedsim bench` wrote. Keys that a table
-of a sweep leaves out must not tell its rows apart.
+A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` or `fedsim bench` wrote.
+Keys that a table of a sweep leaves out must not tell its rows apart.
 """
 
 from __future__ import annotations
