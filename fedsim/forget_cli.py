@@ -1,8 +1,9 @@
-"""`fedsim forget`: a finished run without some classes or clients, beside what retraining gives."""
+"""`fedsim forget`: a finished run without some classes, clients or attributes, and what that is worth."""
 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def forget(
         str | None, typer.Option("--class", metavar="C,C", help="Classes, by number or name.")
     ] = None,
     clients: Annotated[str | None, typer.Option("--client", metavar="N,N", help="Clients.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option("--attribute", metavar="A,A", help="Attributes of the data, by LEACE.")
+    ] = None,
     method: Annotated[str, typer.Option(help="A method, or all.", show_default=False)] = "",
     overrides: Annotated[
         list[str] | None,
@@ -40,16 +44,25 @@ def forget(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries say.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Forget classes or clients of a finished run, and measure it.
+    """Forget classes, clients or attributes of a finished run, and measure it.
 
     RUN is a run folder, or its name in the folder of runs; it is not touched. Methods for classes: prune
     (default), not, head-mask, none, roll-back, retrain-short; for clients: not (default), none, pga,
     federaser, roll-back, retrain-short. The same command goes on where it stopped.
+
+    An attribute (a gender, a user) is erased from the model's features for every linear reader, in closed
+    form from sums that the clients send; --set detacher.cut=K erases after unit K of the backbone,
+    strategy.audit_rounds=5 lets clients attack what is left.
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         session.on_interrupt = "interrupted; the same command goes on"
-        if (classes is None) == (clients is None):
-            raise UserError("say what to forget: --class 9, or --client 3")
+        if [classes, clients, attributes].count(None) != 2:
+            raise UserError("say what to forget: --class 9, --client 3, or --attribute gender")
+        if attributes is not None:
+            if method:
+                raise UserError("--method is for classes and clients; attributes are erased by LEACE")
+            _erase(session, folder, attributes, overrides or [], name, as_json=as_json)
+            return
         with session.loading():
             from fedsim import config
             from fedsim.forgetting import experiments, report, request, sitting
@@ -75,3 +88,31 @@ def forget(
         session.facts({"folder": str(plan.folder), "report": str(files[0])})
         if as_json:
             print(json.dumps(result))
+
+
+def _erase(
+    session: Session, folder: Path, names: str, overrides: list[str], name: str | None, *, as_json: bool
+) -> None:
+    """Erase attributes in a new run beside the old one, or go on with it."""
+    with session.loading():
+        from fedsim.finish import run_experiment
+        from fedsim.forgetting import attribute
+        from fedsim.runs import Run, found
+
+        old = Run.open(found(folder))
+        chosen = [word.strip() for word in names.split(",") if word.strip()]
+        named = [f"name={json.dumps(name)}"] if name else []
+        experiment = attribute.experiment_of(old, chosen, [*overrides, *named])
+        place = old.folder.parent / experiment.name
+        if place.exists() and Run.open(place).experiment().digest() != experiment.digest():
+            raise UserError(f"{place} is another run; give this one its own --name")
+    there = nullcontext(Run(place)) if place.exists() else Run.fresh(experiment, place.parent)
+    with there as run, session.watching(experiment) as hooks:
+        summary = run_experiment(experiment, run, hooks).summary
+    session.console.print()
+    for line in attribute.before_and_after(run):
+        session.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    session.console.print()
+    session.facts({"folder": str(run.folder)})
+    if as_json:
+        print(json.dumps(summary))

@@ -10,8 +10,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fedsim import config
+from fedsim.config import Experiment
 from fedsim.errors import UserError
+from fedsim.overrides import applied
 from fedsim.runs import Run
+
+
+def experiment_of(run: Run, attributes: Sequence[str], overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment that erases attributes, with a user's overrides; its rounds are what it has to do.
+
+    Raises:
+        UserError: see `erasing`, or an override does not fit.
+    """
+    given = applied({}, overrides).get("strategy", {})
+    wanted = {key: given[key] for key in ("head_rounds", "audit_rounds") if isinstance(given.get(key), int)}
+    tables = erasing(run, attributes, **wanted)
+    folders = run.experiment().folders
+    return config.from_tables(tables, source="--attribute", folders=folders, overrides=overrides)
+
+
+def before_and_after(run: Run) -> list[str]:
+    """What erasing did to accuracy and attackers, a line each."""
+    start, summary = run.history()[0], run.summary()
+    keys = ["accuracy", *(key for key in start if key.startswith("attack_") and not key.endswith("_error"))]
+    wide = max(map(len, keys))
+    lines = []
+    for key in keys:
+        error = summary.get(f"{key}_error")
+        doubt = "" if error is None else f" ± {error:.3f}"
+        lines.append(f"{key.replace('_', ' '):<{wide}}  {start[key]:.3f} → {summary[key]:.3f}{doubt}")
+    return lines
 
 
 def erasing(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from fedsim import config
+from fedsim.cli import app
 from fedsim.config import Experiment
 from fedsim.errors import UserError
 from fedsim.forgetting.attribute import erasing
@@ -68,3 +71,51 @@ def test_another_state_is_not_taken_for_the_runs(tmp_path: Path) -> None:
 def test_pooled_data_have_nobody_to_ask(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no federation to ask"):
         erasing(trained(tmp_path, "strategy.name=centralised"), ["tint"])
+
+
+def test_the_command_erases_beside_the_run_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    old = trained(tmp_path)
+    arguments = [
+        "forget",
+        str(old.folder),
+        "--attribute",
+        "tint",
+        "--set",
+        "strategy.audit_rounds=1",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    made = Run.open(tmp_path / "tiny-without-tint")
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary == made.summary()
+    assert summary["rounds"] == 4  # moments, head, moments of what is released, audit
+    assert abs(summary["attack_linear_tint"] - 0.5) < 3 * summary["attack_linear_tint_error"]
+    assert "attack linear tint" in result.output
+    again = CliRunner().invoke(app, arguments)
+    assert json.loads(again.stdout.splitlines()[-1]) == summary
+    other = CliRunner().invoke(app, [*arguments, "--set", "client.lr=0.5"])
+    assert other.exit_code == 2
+    assert "is another run; give this one its own --name" in other.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attribute", "colour"], "the data have no attribute 'colour'"),
+        (
+            ["--attribute", "tint", "--class", "9"],
+            "say what to forget: --class 9, --client 3, or --attribute",
+        ),
+        (["--attribute", "tint", "--method", "prune"], "attributes are erased by LEACE"),
+        (
+            ["--attribute", "tint", "--set", "detacher.cut=8"],
+            "cut = 8, but the backbone of model 'cnn' has 3",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["forget", str(trained(tmp_path).folder), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert [place.name for place in tmp_path.iterdir()] == ["tiny"]
