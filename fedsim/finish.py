@@ -78,6 +78,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         "accuracy": progress.last["accuracy"],
         "loss": progress.last["loss"],
         "accuracy_start": progress.start["accuracy"],
+        **_start_note(loop),
         **{key: value for key, value in progress.last.items() if key not in ("accuracy", "loss")},
         **_more_accuracies(progress),
         **getattr(loop.strategy, "findings", {}),
@@ -104,6 +105,14 @@ def _more_accuracies(progress: Progress) -> dict[str, float]:
         base, new = progress.last["base_accuracy"], progress.last["new_accuracy"]
         found["harmonic_accuracy"] = 2 * base * new / max(base + new, 1e-12)
     return found
+
+
+def _start_note(loop: Loop) -> dict[str, str]:
+    """What the start accuracy owes to labels, where a reader could be misled."""
+    schooling = loop.task.model.schooling
+    if not schooling:
+        return {}
+    return {"start_note": f"{schooling}, no {loop.experiment['data'].name} label used"}
 
 
 def _personal_arrays(states: Mapping[int, RecordDict]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from clients.training import back_propagation
 from fedsim.errors import UserError
-from fedsim.rounds import over_clients
+from fedsim.evaluation import over_clients
+from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.cnn import cnn
 from fedsim.scores import Scores, scores_of
 from fedsim.task import build
 from fedsim.terminal import closing_table
@@ -108,6 +110,23 @@ def test_the_summary_has_the_start_beside_every_accuracy(tmp_path: Path) -> None
     assert f"worst client {result.summary['local_accuracy_worst']:.3f}" in shown
     base, new = result.summary["base_accuracy"], result.summary["new_accuracy"]
     assert result.summary["harmonic_accuracy"] == pytest.approx(2 / (1 / base + 1 / new))
+
+
+def schooled(data: DataInfo, /) -> Classifier:
+    """A model whose start would mislead."""
+    model = cnn(data, width=4)
+    model.schooling = "ImageNet-supervised transfer"
+    return model
+
+
+def test_a_start_that_would_mislead_is_explained(tmp_path: Path) -> None:
+    result = run(tiny("rounds=1", model={"name": f"{__name__}:schooled"}), tmp_path)
+    assert result.summary["start_note"] == "ImageNet-supervised transfer, no digits label used"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(closing_table(result.summary, []))
+    assert result.summary["start_note"] in console.file.getvalue()  # type: ignore[attr-defined]
+    plain = run(tiny("rounds=1", "name=plain"), tmp_path)
+    assert "start_note" not in plain.summary
 
 
 # ------------------------------------------------------------------------------------- base to new

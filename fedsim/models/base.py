@@ -125,6 +125,7 @@ class Classifier(nn.Module):
         class_rows: names of parameters with one row per class: their rows are averaged over the clients
             that have samples of the class.
         text: of a CLIP, what captions are written with; only until the model is tuned.
+        schooling: what its weights were trained on, where its start accuracy would mislead without.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Classifier(nn.Module):
         self.train_modules: tuple[str, ...] = ()
         self.class_rows: tuple[str, ...] = ()
         self.text: TextSide | None = None
+        self.schooling = ""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits [n, classes] for raw inputs [n, ...]."""

@@ -132,27 +132,28 @@ def minilm(data: DataInfo, /) -> Classifier:
 
 
 def _build(data: DataInfo, name: str, *, pretrained: bool, source: str | None = None) -> Classifier:
+    shown = "minilm" if source == MINILM else f"hf:{name}"
     if len(data.sample_shape) != 1:
         raise UserError(
-            f"model 'hf:{name}' takes token ids [length], the data are {list(data.sample_shape)}; "
+            f"model '{shown}' takes token ids [length], the data are {list(data.sample_shape)}; "
             "choose a text dataset or another [model] name"
         )
     encoder = _load(name, data.folders, pretrained=pretrained)
     longest = getattr(encoder.config, "max_position_embeddings", None)
     if longest is not None and data.sample_shape[0] > longest:
         raise UserError(
-            f"model 'hf:{name}' takes at most {longest} tokens, the data have {data.sample_shape[0]}; "
+            f"model '{shown}' takes at most {longest} tokens, the data have {data.sample_shape[0]}; "
             "shorten the samples"
         )
     words = getattr(encoder.config, "vocab_size", None)
     if data.vocabulary is not None and words is not None and not _alike(data.vocabulary, words):
         raise UserError(
-            f"model 'hf:{name}' knows {words} words, the token ids of the data come from a tokenizer with "
+            f"model '{shown}' knows {words} words, the token ids of the data come from a tokenizer with "
             f'{data.vocabulary}; give the data the model\'s own: [data] tokenizer = "FOLDER"'
         )
     width = getattr(encoder.config, "hidden_size", None)
     if width is None:
-        raise UserError(f"model 'hf:{name}' states no hidden_size in config.json: it is no text encoder")
+        raise UserError(f"model '{shown}' states no hidden_size in config.json: it is no text encoder")
     backbone = TextBackbone(encoder, source or encoder.name_or_path)
     return Classifier(backbone, nn.Linear(width, len(data.classes))).eval()
 

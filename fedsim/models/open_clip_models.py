@@ -59,7 +59,9 @@ def clip_lite(
     config["text_cfg"].update(text)
     about = {"model_cfg": config, "preprocess_cfg": pixels}
     tower = ImageTower(clip.visual, about, partial(_whole_clip_lite, image_size))
-    return clip_classifier(clip, tower, tokenize, data, template=template, derived=derived)
+    model = clip_classifier(clip, tower, tokenize, data, template=template, derived=derived)
+    model.schooling = "ImageNet-supervised transfer"
+    return model
 
 
 def open_clip_model(

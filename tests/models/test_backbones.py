@@ -246,6 +246,7 @@ def test_clip_lite_knows_what_words_look_like(lite: Classifier) -> None:
     from fedsim.data.assets import path
 
     assert lite.head_is_prior
+    assert lite.schooling == "ImageNet-supervised transfer"
     assert not any("text" in name for name, _ in lite.named_parameters())
     assert size(lite) == 3_371_008 + 10 * 1280
     rows = load_file(path("efficientnet-lite0") / "model.safetensors")["classifier.weight"]
