@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.forgetting.tables import over_seeds, rules
-from fedsim.sweep import rows_of, table_of
+from fedsim.sweep_table import rows_of, table_of
 from fedsim.terminal import human_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

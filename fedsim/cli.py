@@ -418,7 +418,7 @@ def _run_cells(
 
 def _show_sweep(session: Session, found: Sweep, results: list[dict[str, Any]]) -> None:
     """The grouped table and where the files are."""
-    from fedsim.sweep import columns_of, rows_of
+    from fedsim.sweep_table import columns_of, rows_of
     from fedsim.terminal import grid
 
     rows = rows_of(results)

@@ -44,7 +44,7 @@ def forget(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries say.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Forget classes, clients or attributes of a finished run, and measure it.
+    """Make a finished run forget, and measure it.
 
     RUN is a run folder, or its name in the folder of runs; it is not touched. Methods for classes: prune
     (default), not, head-mask, none, roll-back, retrain-short; for clients: not (default), none, pga,

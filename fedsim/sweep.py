@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from statistics import mean, stdev
 from threading import Thread
 from typing import Any
 
@@ -37,24 +36,11 @@ from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
 from fedsim.overrides import toml_value
 from fedsim.runs import Run, default_folder
-from fedsim.terminal import baselines_of, human_bytes, human_seconds, measured
-
-#: accuracies that a summary may have besides those of test and validation set -> column
-_OTHER_ACCURACIES = {
-    "local_accuracy": "local",
-    "local_accuracy_spread": "local spread",
-    "local_accuracy_worst": "local worst",
-    "local_accuracy_start": "local start",
-    "base_accuracy": "base",
-    "base_accuracy_start": "base start",
-    "new_accuracy": "new",
-    "new_accuracy_start": "new start",
-    "harmonic_accuracy": "harmonic",
-}
+from fedsim.sweep_table import Result, plain, table_of
+from fedsim.terminal import baselines_of, measured
 
 #: makes the hooks of one cell and closes them after it
 Watch = Callable[["Cell"], AbstractContextManager[Sequence[Hook]]]
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,7 @@ class Cell:
     @property
     def label(self) -> str:
         """`seed=0 tuning.name=bias`."""
-        return " ".join(f"{key}={_plain(value)}" for key, value in self.keys.items())
+        return " ".join(f"{key}={plain(value)}" for key, value in self.keys.items())
 
 
 # ---------------------------------------------------------------------------------------- the grid
@@ -125,7 +111,7 @@ def check_overrides(overrides: Iterable[str], cells: Sequence[Cell]) -> None:
 
 
 def _words(grid: Mapping[str, Sequence[Any]]) -> str:
-    return " ".join(f"{key}={','.join(map(_plain, values))}" for key, values in grid.items())
+    return " ".join(f"{key}={','.join(map(plain, values))}" for key, values in grid.items())
 
 
 def _values(text: str) -> list[Any]:
@@ -180,7 +166,7 @@ def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
 
 def slug(keys: Mapping[str, Any]) -> str:
     """A folder name for a cell: readable where it can be, distinct always."""
-    text = "_".join(f"{key}-{_plain(value)}" for key, value in keys.items())
+    text = "_".join(f"{key}-{plain(value)}" for key, value in keys.items())
     safe = re.sub(r"[^A-Za-z0-9.+_-]+", "-", text)
     if safe == text and len(safe) <= 80:
         return safe
@@ -189,10 +175,6 @@ def slug(keys: Mapping[str, Any]) -> str:
 
 def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else _toml(value)
 
 
 # --------------------------------------------------------------------------------------- the sweep
@@ -376,72 +358,3 @@ def _result(cell: Cell, run: Run, summary: Mapping[str, Any]) -> Result:
     shown = {**summary, "run": f"cells/{cell.experiment.name}"}
     curve = [[row["round"], row["bytes_up"], row["accuracy"]] for row in measured(run.history())]
     return {"cell": dict(cell.keys), "summary": shown, "curve": curve}
-
-
-# --------------------------------------------------------------------------------------- the table
-
-
-def rows_of(results: Sequence[Result]) -> list[dict[str, str]]:
-    """One row per combination of all keys but `seed` and `baselines`: column -> text.
-
-    Numbers are mean ± sample standard deviation over the cells of a row (the mean alone for one cell).
-    """
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        keys = {key: value for key, value in result["cell"].items() if key not in ("seed", "baselines")}
-        groups.setdefault(_toml(keys), []).append(result)
-    return [_row(json.loads(keys), group) for keys, group in groups.items()]
-
-
-def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
-    good = [result["summary"] for result in group if "summary" in result]
-    row = {key: _plain(value) for key, value in keys.items()}
-    failed = len(group) - len(good)
-    row["n"] = f"{len(good)} ({failed} failed)" if failed else str(len(good))
-    row["accuracy"] = _spread([s["accuracy"] for s in good])
-    held = [s["validation_accuracy"] for s in good if "validation_accuracy" in s]
-    if held:
-        row["validation"] = _spread(held)
-    row["start"] = _spread([s["accuracy_start"] for s in good])
-    for key in dict.fromkeys(key for s in good for key in s if _is_attack(key)):
-        row[key.replace("_", " ")] = _spread([s[key] for s in good if key in s])
-    for key, name in _OTHER_ACCURACIES.items():
-        if any(key in s for s in good):
-            row[name] = _spread([s[key] for s in good if key in s])
-    for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
-        row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
-    row["bytes up"] = human_bytes(mean(s["bytes_up"] for s in good)) if good else ""
-    row["time"] = human_seconds(mean(s["seconds"] for s in good)) if good else ""
-    return row
-
-
-def _is_attack(key: str) -> bool:
-    """Whether a key of a summary says how well attackers read an attribute."""
-    return key.startswith(("attack_", "audit_")) and not key.endswith("_error")
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    text = f"{mean(values):.3f}"
-    return f"{text} ± {stdev(values):.3f}" if len(values) > 1 else text
-
-
-def columns_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Columns in the order in which rows name them; bytes and time stay last."""
-    last = ("bytes up", "time")
-    found = dict.fromkeys(key for row in rows for key in row)
-    return [*(key for key in found if key not in last), *(key for key in last if key in found)]
-
-
-def table_of(results: Sequence[Result]) -> str:
-    """The Markdown table of a sweep's results: a function of `results.json` alone."""
-    rows = rows_of(results)
-    columns = columns_of(rows)
-    lines = [_line(columns), _line("---" for _ in columns)]
-    lines += [_line(row.get(column, "") for column in columns) for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -14,7 +14,8 @@ from fedsim.cli import app
 from fedsim.errors import UserError
 from fedsim.hooks import Hook
 from fedsim.runs import Run
-from fedsim.sweep import Cell, Sweep, cells_of, check_overrides, chosen, parse_grid, slug, table_of
+from fedsim.sweep import Cell, Sweep, cells_of, check_overrides, chosen, parse_grid, slug
+from fedsim.sweep_table import table_of
 from tests.helpers import StopAt, tiny
 
 GRID = {"seed": [0, 1], "client.lr": [0.1, 0.01]}

@@ -161,7 +161,7 @@ def test_forgetting_on_top_of_forgetting_is_recorded(forget: Forget, runs: Path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say what to forget: --class 9, or --client 3"),
+        ([], "say what to forget: --class 9, --client 3, or --attribute gender"),
         (["--class", "1", "--client", "1"], "say what to forget"),
         (["--class", "ten"], "there is no such class"),
         (["--class", "nin"], "did you mean 'nine'?"),
