@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def test_the_methods_table_is_complete(name: str, clients: int) -> None:
         places = {(e["partition"].name, e["partition"].common["shots"]) for e in own}
         assert len(places) == 9
         assert len({e["client"].options["lr"] for e in own}) == 1
+
+
+def test_promptfl_reaches_what_the_readme_says() -> None:
+    """Bars: at least 0.72 with each of three seeds, in five minutes; 4 M D bytes a client and round."""
+    file = config.shipped_folder() / "results" / "promptfl_cifar10.json"
+    rows = [result["summary"] for result in json.loads(file.read_text("utf-8"))]
+    assert len({row["digest"] for row in rows}) == 3
+    assert min(row["accuracy"] for row in rows) >= 0.72
+    assert max(row["seconds"] for row in rows) <= 300
+    assert {row["bytes_up"] for row in rows} == {20 * 10 * 4 * 8 * 384}
 
 
 @pytest.mark.parametrize("model", ["RN50", "ViT-B-16"])
