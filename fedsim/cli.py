@@ -363,6 +363,8 @@ def _close(
     session.console.print(title, highlight=False)
     session.console.print()
     session.console.print(closing_table(summary, finished.history()), highlight=False)
+    if "start_note" in summary:
+        session.console.print(f"[dim]start: {summary['start_note']}[/]", highlight=False)
     session.console.print()
     session.facts({"run folder": str(finished.folder), "next": next_command})
     if as_json:

@@ -98,8 +98,6 @@ def closing_table(summary: Mapping[str, Any], history: Iterable[Mapping[str, Any
     table.add_column(style="cyan", no_wrap=True)
     change = f"{summary['accuracy_start']:.3f} → [bold]{summary['accuracy']:.3f}[/]"
     table.add_row("accuracy", change, sparkline(curve(history)))
-    if "start_note" in summary:
-        table.add_row("start", f"[dim]{summary['start_note']}[/]")
     for name in ("local", "base", "new"):
         if f"{name}_accuracy" in summary:
             start, end = summary[f"{name}_accuracy_start"], summary[f"{name}_accuracy"]

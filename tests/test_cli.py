@@ -51,6 +51,12 @@ def test_run_shows_the_result_and_what_to_try_next(fedsim: Invoke, file: Path, t
     assert f"next        fedsim run {file} --set " in result.stdout
 
 
+def test_a_start_that_would_mislead_is_explained(fedsim: Invoke, file: Path) -> None:
+    result = fedsim("run", file, "--set", "rounds=1", "--set", 'model.name="tests.test_scores:schooled"')
+    assert result.exit_code == 0
+    assert "start: ImageNet-supervised transfer, no digits label used\n" in result.stdout
+
+
 def test_json_is_the_last_line_of_stdout_and_the_summary(fedsim: Invoke, file: Path, tmp_path: Path) -> None:
     result = fedsim("run", file, "--json")
     lines = result.stdout.splitlines()
