@@ -124,7 +124,7 @@ def _to_numpy(tensor: Tensor) -> NDArray[Any]:
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return np.array(tensor.cpu().numpy())
+    return np.array(tensor.cpu().numpy(), order="C")
 
 
 @torch.no_grad()

@@ -209,14 +209,17 @@ def compute(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     deterministic: bool = True,
+    channels_last: bool = False,
 ) -> None:
-    """Where the model computes and in which precision.
+    """Where the model computes, in which precision and memory layout.
 
     Args:
         device: `auto` is the GPU when there is one. A real node may override it:
             `--node-config 'device="cpu"'`.
         precision: of matrix products; weights, gradients, sums and what travels stay float32.
         deterministic: on a GPU, only algorithms that give the same bits again.
+        channels_last: weights and activations of convolutions lie in memory with the channels last, which is
+            faster for most convolutional networks; results differ in last bits.
     """
 
 

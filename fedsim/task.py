@@ -330,7 +330,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     arrays, names = data.arrays, experiment["detacher"].common.get("attributes", [])
     if names and arrays.train_z is not None and own is None:
         refuse_label(names, arrays.attributes, arrays.train_z, arrays.train_y)
-    model = build_model(experiment, data.info).to(where.device)
+    model = where.place(build_model(experiment, data.info))
     personal = [*experiment.settings["payload"].get("personal", []), *_personal_networks(experiment, model)]
     selection = payload.select(model, model.train_modules, personal)
     return Task(

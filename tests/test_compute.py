@@ -100,3 +100,23 @@ def test_out_of_memory_empties_the_cache_of_the_gpu(monkeypatch: pytest.MonkeyPa
     assert "client 0: OutOfMemoryError: tried to allocate 1 PiB" in str(bad.error.reason)
     assert good.has_content()
     assert freed == [1]
+
+
+def test_channels_last_is_the_same_training(tmp_path: Path) -> None:
+    """Equal but for last bits, in use, and what travels is laid out as ever."""
+    cnn = tiny(model={"name": "cnn", "width": 8})
+    runs = {
+        name: run(cnn.replace(f"name={name}", f"compute.channels_last={chosen}"), tmp_path)
+        for name, chosen in (("first", "false"), ("last", "true"), ("again", "true"))
+    }
+    assert runs["last"].summary["digest"] == runs["again"].summary["digest"]
+    for name, values in runs["first"].state().items():
+        assert runs["last"].state()[name].flags.c_contiguous
+        np.testing.assert_allclose(runs["last"].state()[name], values, rtol=1e-3, atol=1e-4)
+    task = tasks.build(cnn.replace("compute.channels_last=true"))
+    kernels = [p for p in task.model.parameters() if p.dim() == 4 and p.shape[1] > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    task.load(task.initial_payload())
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    assert all(array.numpy().flags.c_contiguous for array in task.shared().values())
