@@ -107,6 +107,10 @@ class Experiment:
         resolved = registry.resolve(NAMED[section], chosen.name)
         return resolved.target(*platform, **{**resolved.fixed, **chosen.options})
 
+    def function(self, section: str) -> Any:
+        """What the section names: a function, or a class."""
+        return registry.resolve(NAMED[section], self.sections[section].name).target
+
     def document(self) -> dict[str, Any]:
         """Everything as plain tables (what `experiment.toml` of a run folder holds)."""
         return _without_none(

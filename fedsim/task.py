@@ -23,7 +23,7 @@ from fedsim import augmentation, compute, config, features, messages, payload
 from fedsim.compute import Compute
 from fedsim.config import Experiment
 from fedsim.data import attributes as known_attributes
-from fedsim.data import backdoor, federated, forgotten
+from fedsim.data import backdoor, federated, forgotten, needs
 from fedsim.data.attributes import positions, refuse_label
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
@@ -324,6 +324,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     Raises:
         UserError: anything in the experiment that does not fit together.
     """
+    needs.require(experiment, ["data", "model"] if own is None else ["model"])
     data = _forgetting(experiment, own)
     augmentation.check(experiment, data.info.sample_shape)
     where = compute.resolve(**experiment.settings["compute"])

@@ -15,6 +15,7 @@ import numpy as np
 from fedsim.data import assets
 from fedsim.data.asset_table import ASSETS
 from fedsim.data.attributes import Attribute, coded
+from fedsim.data.needs import needs
 from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, divided, fixed_subset, stratified
 from fedsim.errors import UserError
 from fedsim.ranges import Count
@@ -38,6 +39,7 @@ _TEST_FRACTION, _TEST_USERS = 0.2, 9
 _LONGEST = 512  # positions that the sentence encoder has
 
 
+@needs("cifar10")
 def cifar10(*, train_samples: Count | None = None, test_samples: Count | None = None) -> Arrays:
     """CIFAR-10: colour photographs of ten kinds of animals and vehicles, 50,000 and 10,000.
 
@@ -51,6 +53,7 @@ def cifar10(*, train_samples: Count | None = None, test_samples: Count | None = 
     return _images("cifar10", CIFAR10, train_samples, test_samples)
 
 
+@needs("fashion-mnist")
 def fashion_mnist(*, train_samples: Count | None = None, test_samples: Count | None = None) -> Arrays:
     """Fashion-MNIST: grey pictures of ten kinds of clothes, 60,000 and 10,000.
 
@@ -64,6 +67,7 @@ def fashion_mnist(*, train_samples: Count | None = None, test_samples: Count | N
     return _images("fashion-mnist", FASHION, train_samples, test_samples)
 
 
+@needs("vader")
 def sentiment(
     *,
     tokenizer: str = "minilm",
@@ -138,6 +142,7 @@ _CATEGORIES = (
 )
 
 
+@needs("adult")
 def adult(*, train_samples: Count | None = None, test_samples: Count | None = None) -> Arrays:
     """Adult: does a person of the US census of 1994 earn more than 50,000 dollars? 26,049 and 6,512 people.
 
@@ -177,6 +182,7 @@ def adult(*, train_samples: Count | None = None, test_samples: Count | None = No
     return divided(whole, train, test)
 
 
+@needs("hapt")
 def hapt(
     *,
     test: Literal["later", "users"] = "later",

@@ -99,13 +99,26 @@ def path(name: str) -> Path:
     Raises:
         UserError: unknown name, or it is not fetched, or damaged.
     """
-    if name in BUNDLES:
-        raise UserError(f"'{name}' is {' and '.join(BUNDLES[name])}: ask for one of them")
-    entry = _look(assets_folder() / name, name, _asset(name))
-    if entry.folder is None:
-        state = "damaged" if entry.damaged else "not on this machine"
-        raise UserError(f"asset '{name}' is {state}: fedsim assets fetch {name}")
-    return entry.folder
+    return paths(name)[0]
+
+
+def paths(*names: str) -> list[Path]:
+    """The folders of fetched assets.
+
+    Raises:
+        UserError: an unknown name; names all that are not fetched, or damaged.
+    """
+    for name in names:
+        if name in BUNDLES:
+            raise UserError(f"'{name}' is {' and '.join(BUNDLES[name])}: ask for one of them")
+    root = assets_folder()
+    found = [_look(root / name, name, _asset(name)) for name in names]
+    lacking = [entry for entry in found if entry.folder is None]
+    if lacking:
+        states = {True: "damaged", False: "not on this machine"}
+        text = " and ".join(f"asset '{entry.name}' is {states[entry.damaged]}" for entry in lacking)
+        raise UserError(f"{text}: fedsim assets fetch {' '.join(entry.name for entry in lacking)}")
+    return [entry.folder for entry in found if entry.folder is not None]
 
 
 def verify(name: str) -> Path:

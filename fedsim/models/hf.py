@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.data.needs import needs
 from fedsim.errors import UserError
 from fedsim.lookup import candidates, listed
 from fedsim.models.base import Classifier, DataInfo, Unit, hooked, run_units
@@ -121,6 +122,7 @@ def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True) -> Classi
     return _build(data, name, pretrained=pretrained)
 
 
+@needs("minilm")
 def minilm(data: DataInfo, /) -> Classifier:
     """all-MiniLM-L6-v2 (22.6 M parameters), a sentence encoder, with a new linear head.
 

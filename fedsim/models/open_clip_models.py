@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.data.needs import needs
 from fedsim.errors import UserError, nearest
 from fedsim.files import write_atomic
 from fedsim.lookup import candidates, listed
@@ -39,6 +40,7 @@ _LOGIT_SCALE = 20.0
 _FORMS = ("{}.", "a photo of a {}.", "a picture of the {}.")
 
 
+@needs("efficientnet-lite0", "minilm")
 def clip_lite(
     data: DataInfo, /, *, image_size: Count = 128, template: str | list[str] = "a photo of a {}"
 ) -> Classifier:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fedsim.data.needs import needs
 from fedsim.errors import UserError, nearest
 from fedsim.lookup import find
 from fedsim.models.base import Classifier, DataInfo, Unit
@@ -78,6 +79,7 @@ def timm_model(
     return _build(data, name, image_size, file, pretrained=pretrained)
 
 
+@needs("efficientnet-lite0")
 def efficientnet_lite0(data: DataInfo, /, *, image_size: Count = 128) -> Classifier:
     """EfficientNet-Lite0 (3.4 M parameters without head), supervised on ImageNet, with a new linear head.
 
@@ -93,6 +95,7 @@ def efficientnet_lite0(data: DataInfo, /, *, image_size: Count = 128) -> Classif
     return _build(data, "tf_efficientnet_lite0", image_size, weights, mean=half, std=half)
 
 
+@needs("vit-small")
 def vit_small(data: DataInfo, /, *, image_size: Count = 112) -> Classifier:
     """ViT-S/14 (22 M parameters), DINOv2 fine-tuned for saliency, with a new linear head.
 
