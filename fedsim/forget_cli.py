@@ -25,7 +25,7 @@ def forget(
     attributes: Annotated[
         str | None, typer.Option("--attribute", metavar="A,A", help="Attributes of the data, by LEACE.")
     ] = None,
-    method: Annotated[str, typer.Option(help="A method, or all.", show_default=False)] = "",
+    method: Annotated[str, typer.Option(metavar="M,M", help="Methods, or all.", show_default=False)] = "",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="edit.KEY, recover.KEY, or as in fedsim run."),

@@ -23,24 +23,27 @@ DEFAULT: dict[Kind, str] = {"class": "prune", "client": "not"}
 
 
 def methods_of(request: Request, chosen: str) -> list[str]:
-    """The methods behind `--method`.
+    """The methods behind `--method`: names separated by commas, or `all`; each method once.
 
     Raises:
-        UserError: there is none of that name, or it does not know this kind of request.
+        UserError: there is none of a name, or it does not know this kind of request.
     """
     known = METHODS[request.kind]
     if chosen == "all":
         return list(known)
-    if chosen in known or chosen in RETRAIN:
-        return [chosen]
-    elsewhere = [kind for kind, methods in METHODS.items() if chosen in methods]
-    if elsewhere:
-        names = {"class": "classes", "client": "clients"}
-        raise UserError(
-            f"method '{chosen}' forgets {names[elsewhere[0]]}, not {names[request.kind]}; for a "
-            f"{request.kind}: {', '.join(known)}"
-        )
-    raise UserError(f"unknown method '{chosen}': {nearest(chosen, [*known, *RETRAIN, 'all'])}")
+    found = list(dict.fromkeys(name.strip() for name in chosen.split(",")))
+    for name in found:
+        if name in known or name in RETRAIN:
+            continue
+        elsewhere = [kind for kind, methods in METHODS.items() if name in methods]
+        if elsewhere:
+            names = {"class": "classes", "client": "clients"}
+            raise UserError(
+                f"method '{name}' forgets {names[elsewhere[0]]}, not {names[request.kind]}; for a "
+                f"{request.kind}: {', '.join(known)}"
+            )
+        raise UserError(f"unknown method '{name}': {nearest(name, [*known, *RETRAIN, 'all'])}")
+    return found
 
 
 def recovery_rounds(origin: Origin, overrides: Sequence[str]) -> int:

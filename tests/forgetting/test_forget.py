@@ -173,6 +173,7 @@ def test_forgetting_on_top_of_forgetting_is_recorded(forget: Forget, runs: Path)
         ),
         (["--class", "1", "--method", "federaser"], "method 'federaser' forgets clients, not classes"),
         (["--class", "1", "--method", "prunn"], "did you mean 'prune'?"),
+        (["--class", "1", "--method", "prune, nott"], "unknown method 'nott': did you mean 'not'?"),
         (["--class", "1", "--set", "edit.ration=1"], "did you mean 'ratio'?"),
         (["--class", "1", "--set", "recover.round=1"], "did you mean 'rounds'?"),
         (["--class", "1", "--set", "recover.rounds=0"], "1 or more"),
