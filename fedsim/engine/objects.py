@@ -97,7 +97,7 @@ def pack(thing: object) -> Packed:
     return pickle.dumps(thing, 5, buffer_callback=buffers.append), buffers
 
 
-def unpack(packed: Packed) -> Any:
+def unpack(packed: tuple[bytes | memoryview, Sequence[Any]]) -> Any:
     """The object again; its arrays are views of the buffers."""
     return pickle.loads(packed[0], buffers=packed[1])
 

@@ -1,15 +1,19 @@
-"""The workers of a grid: started, watched, replaced. Nothing here polls: Ray wakes us for every event.
+"""The workers of a grid: started, watched, replaced. Nothing here polls: every event wakes us.
 
 starting ──up──> idle <──report── busy (a call runs, one more waits behind it)
     └────────────── lost ───────────┘      a replacement is started, the calls go back
+
+Calls go over lines of our own, or, to other machines and with what is worth shared memory, through Ray.
 """
 
 from __future__ import annotations
 
 import pickle
+import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -18,12 +22,15 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from fedsim.engine import cluster, objects
-from fedsim.engine.worker import Order, Report, Setup, Worker
+from fedsim.engine import line as lines
+from fedsim.engine.line import Bell, HungUp, Line
+from fedsim.engine.worker import Failed, Order, Report, Setup, Worker
 from fedsim.errors import UserError
 
 _DEPTH = 2  #: calls of a worker: one runs, one waits
 _STARTS = 3  #: workers in a row that may die before they are up
 _PATIENCE = 300.0  #: seconds that a worker may take to start while nothing else goes on
+_ASKED = 10.0  #: seconds that Ray has to say why a worker ended
 _LOOK = 5.0  #: seconds after which lost nodes are looked for while nothing else goes on
 
 Job = TypeVar("Job")
@@ -40,20 +47,36 @@ class Given:
 
 @dataclass(eq=False)
 class Slot(Generic[Job]):
-    """One worker; a `fresh` one stands in for a lost one, a `parked` one has served an earlier pool."""
+    """One worker; a `fresh` one stands in for a lost one, a `parked` one has served an earlier pool.
+
+    Attributes:
+        actor: Ray's handle.
+        ready: what it answers when it is up: where it listens, or None.
+        line: to it, where there is one.
+        serving: the call that ends with the line.
+        calls: what it was given and has not answered, each with Ray's reference if it went through Ray.
+    """
 
     actor: Any
     ready: Any
     fresh: bool
     parked: bool
     up: bool = False
+    line: Line | None = None
+    serving: Any = None
     given: Given = field(default_factory=Given)
     calls: deque[tuple[Any, Job]] = field(default_factory=deque)
 
     @property
     def awaited(self) -> Any:
-        """The next thing that it will answer, or None."""
+        """The next thing that it will answer through Ray, or None."""
         return self.ready if not self.up else self.calls[0][0] if self.calls else None
+
+    def hang_up(self) -> None:
+        """Without a line the worker takes calls through Ray again."""
+        if self.line is not None:
+            self.line.close()
+            self.line = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +103,10 @@ class Pool(Generic[Job]):
         setup: what they are started with.
         workers: how many; None for as many as fit.
         gpu_fraction: share of a GPU of each.
+        near: all of them are on this machine.
     """
 
-    def __init__(self, setup: Setup, workers: int | None, gpu_fraction: float) -> None:
+    def __init__(self, setup: Setup, workers: int | None, gpu_fraction: float, *, near: bool) -> None:
         self.size = cluster.size(workers, setup.threads, gpu_fraction)
         self._fits = partial(cluster.room, setup.threads, gpu_fraction)
         self._wanted = cluster.resources(setup.threads, gpu_fraction)
@@ -90,6 +114,10 @@ class Pool(Generic[Job]):
         self._setup = ray.put(setup)
         self._slots: list[Slot[Job]] = []
         self._failed_starts = 0
+        self._bell = Bell()  #: rings when a worker answers through Ray that it is up
+        self._rung = False
+        self._place = lines.folder() if near else None
+        self._lines = near
         self._quiet_since = time.monotonic()
         for _ in range(self.size):
             self._start(fresh=False)
@@ -105,9 +133,27 @@ class Pool(Generic[Job]):
         """True while calls are under way."""
         return any(slot.calls for slot in self._slots)
 
+    def take_lines(self, *, wanted: bool) -> None:
+        """Call workers over lines, or through Ray, from now on; nobody is busy.
+
+        Args:
+            wanted: over lines, to workers that are on this machine.
+        """
+        self._lines = wanted and self._place is not None
+        for slot in self._slots:
+            if not self._lines:
+                slot.hang_up()
+            elif slot.up and slot.line is None:
+                slot.up, slot.ready = False, self._told(slot.actor.listen.remote(str(self._place)))
+
     def submit(self, slot: Slot[Job], job: Job, order: Order, parcels: Sequence[Any]) -> None:
-        """Give a worker one more call."""
-        slot.calls.append((slot.actor.run.remote(pickle.dumps(order, 5), *parcels), job))
+        """Give a worker one more call; of one that is gone `wait` will tell."""
+        if slot.line is None:
+            slot.calls.append((slot.actor.run.remote(pickle.dumps(order, 5), *parcels), job))
+            return
+        slot.calls.append((None, job))
+        with suppress(HungUp):
+            slot.line.send(objects.pack(order))
 
     # -------------------------------------------------------------------------------- what happens
 
@@ -117,37 +163,79 @@ class Pool(Generic[Job]):
         Raises:
             UserError: workers cannot be started.
         """
-        awaited = {slot.awaited: slot for slot in self._slots if slot.awaited is not None}
         if not self.busy:
             timeout = _LOOK if timeout is None else min(_LOOK, timeout)
-        done, _ = ray.wait(list(awaited), num_returns=1, timeout=timeout)
-        if not done:
-            self._look()
-            return None
-        slot, self._quiet_since = awaited[done[0]], time.monotonic()
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            slot = self._next(left)
+            if slot is not None:
+                self._quiet_since = time.monotonic()
+                return self._heard(slot) if slot.up and slot.line is not None else self._answered(slot)
+            if left == 0:
+                self._look()
+                return None
+
+    def _next(self, timeout: float | None) -> Slot[Job] | None:
+        """A worker that has something to say; None: perhaps none has."""
+        near = {slot.line: slot for slot in self._slots if slot.line is not None}
+        if near:
+            if not self._rung:
+                heard, self._rung = lines.wait(list(near), self._bell, timeout)
+                if heard:
+                    return near[heard[0]]
+            timeout = 0
+        awaited = {slot.awaited: slot for slot in self._slots if slot.awaited is not None}
+        done = ray.wait(list(awaited), num_returns=1, timeout=timeout)[0] if awaited else ()
+        self._rung = bool(done)  # there may be more
+        return awaited[done[0]] if done else None
+
+    def _heard(self, slot: Slot[Job]) -> Event[Job]:
+        """Something came over a worker's line, if only its end."""
         try:
-            answered = ray.get(done[0])
+            found = objects.unpack(slot.line.receive())  # type: ignore[union-attr]
+        except HungUp as error:
+            return self._lost(slot, _why_it_ended(slot.serving) or str(error))
+        _, job = slot.calls.popleft()
+        if isinstance(found, Failed):
+            slot.given = Given()  # who knows how far it came
+            return Event(job, error=_last_line(found.error))
+        return Event(job, found)
+
+    def _answered(self, slot: Slot[Job]) -> Event[Job]:
+        """A worker is up, or answered through Ray."""
+        try:
+            answer = ray.get(slot.awaited)
         except RayTaskError as error:
             if slot.up:
-                slot.given = Given()  # who knows how far it came
-                return Event(slot.calls.popleft()[1], error=_last_line(error))
-            return self._lost(slot, error)
+                slot.given = Given()
+                return Event(slot.calls.popleft()[1], error=_last_line(str(error)))
+            return self._lost(slot, _last_line(str(error)))
         except RayError as error:
-            return self._lost(slot, error)
-        if not slot.up:
-            slot.up, self._failed_starts = True, 0
+            return self._lost(slot, _last_line(str(error)))
+        if slot.up:
+            return Event(slot.calls.popleft()[1], objects.unpack(answer))
+        if self._lines and answer is None:
+            slot.ready = self._told(slot.actor.listen.remote(str(self._place)))
             return Event()
-        return Event(slot.calls.popleft()[1], objects.unpack(answered))
+        if self._lines:
+            slot.serving = slot.actor.serve.remote()
+            try:
+                slot.line = Line.to(answer)
+            except OSError:
+                return self._lost(slot, _why_it_ended(slot.serving))
+        slot.up, self._failed_starts = True, 0
+        return Event()
 
-    def _lost(self, slot: Slot[Job], error: RayError) -> Event[Job]:
+    def _lost(self, slot: Slot[Job], why: str) -> Event[Job]:
         if not slot.up and not slot.parked:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS:
-                raise UserError(f"workers die while they start: {_last_line(error)}") from error
+                raise UserError(f"workers die while they start: {why}")
         jobs = [job for _, job in slot.calls]
         self._drop(slot)
         self.refill(fresh=slot.up)
-        return Event(jobs[0] if jobs else None, None, jobs[1:], _last_line(error))
+        return Event(jobs[0] if jobs else None, None, jobs[1:], why)
 
     def _look(self) -> None:
         """Nothing runs and no worker came up for a while: is there still a node for those that start?"""
@@ -195,19 +283,30 @@ class Pool(Generic[Job]):
         """End all workers; `park` keeps the idle ones for the next pool of this process."""
         for slot in list(self._slots):
             if park and slot.up and not slot.calls:
+                slot.hang_up()
                 self._slots.remove(slot)
                 self._parked.append(slot.actor)
             else:
                 self._drop(slot)
         if park:
-            _parking[_place(self._wanted)] = self._parked
+            _parking[_kind(self._wanted)] = self._parked
+        if self._place is not None:
+            shutil.rmtree(self._place, ignore_errors=True)
+        self._bell.close()
 
     def _start(self, *, fresh: bool) -> None:
         parked = not fresh and bool(self._parked)
         actor = self._parked.pop() if parked else _new_worker(self._wanted)
-        self._slots.append(Slot(actor, actor.equip.remote(self._setup), fresh, parked))
+        ready = self._told(actor.equip.remote(self._setup, str(self._place) if self._lines else None))
+        self._slots.append(Slot(actor, ready, fresh, parked))
+
+    def _told(self, ready: Any) -> Any:
+        """The same reference; the bell rings when it is answered."""
+        ready.future().add_done_callback(self._bell.ring)
+        return ready
 
     def _drop(self, slot: Slot[Job]) -> None:
+        slot.hang_up()
         self._slots.remove(slot)
         ray.kill(slot.actor, no_restart=True)
 
@@ -216,13 +315,13 @@ class Pool(Generic[Job]):
 _parking: dict[tuple[Any, ...], list[Any]] = {}
 
 
-def _place(wanted: dict[str, float]) -> tuple[Any, ...]:
+def _kind(wanted: dict[str, float]) -> tuple[Any, ...]:
     return (cluster.here(), *sorted(wanted.items()))
 
 
 def _take_parked(wanted: dict[str, float]) -> list[Any]:
     """Idle workers of the wanted kind; the others are ended, for they take up room."""
-    found = _parking.pop(_place(wanted), [])
+    found = _parking.pop(_kind(wanted), [])
     for place, actors in _parking.items():
         if place[0] == cluster.here():  # else they belong to a Ray that was shut down
             for actor in actors:
@@ -236,6 +335,15 @@ def _new_worker(wanted: dict[str, float]) -> Any:
     return kind.options(max_restarts=0, max_task_retries=0, **wanted).remote()
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _why_it_ended(serving: Any) -> str:
+    """What Ray says of a worker whose line is cut (nothing if it does not know within seconds)."""
+    try:
+        ray.get(serving, timeout=_ASKED)
+    except RayError as error:
+        return _last_line(str(error))
+    return ""
+
+
+def _last_line(text: str) -> str:
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    return found[-1] if found else "no reason is known"

@@ -107,7 +107,7 @@ class RayGrid(BaseGrid):
             torch=_torch_is_used(),
         )
         cluster.connect(address, threads * (workers or 1) if gpu_fraction == 0 else 1)
-        self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction)
+        self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction, near=address is None)
 
     def close(self) -> None:
         """End the workers, or keep them warm for the next simulation of this process."""
@@ -134,6 +134,7 @@ class _Dispatch:
         self.wave = wave
         self.deadline = deadline
         self.cargo = _Cargo(grid, exchange, wave)
+        self.pool.take_lines(wanted=not self.cargo.stored)
         # the one: an empty client costs something, too
         work = [1.0 + (0.0 if grid.work is None else grid.work[exchange.client(p)]) for p in wave]
         cut = blocks(work, self.pool.size, 64 if self.cargo.heaviest < _HEAVY else 1)
@@ -233,12 +234,12 @@ class _Cargo:
         #: bytes of the largest content
         self.heaviest = max(sum(sizes[n] for n in objects.parcels_of(t)) for t in self._templates)
         self._small: dict[int, objects.Parcel] = {}
-        self._stored: dict[int, Any] = {}
+        self.stored: dict[int, Any] = {}
         for number, parcel in enumerate(parcels):
             if sizes[number] < _SMALL:
                 self._small[number] = parcel
             else:
-                self._stored[number] = ray.put(parcel)
+                self.stored[number] = ray.put(parcel)
 
     def order(self, job: Job, given: Given) -> tuple[Order, list[Any]]:
         """What a worker needs for a job, less what it was given before, and the objects that go with it."""
@@ -256,11 +257,11 @@ class _Cargo:
         needed = {number for c in contents for number in objects.parcels_of(self._templates[c])}
         templates = {number: self._templates[number] for number in contents - given.contents}
         small = {number: self._small[number] for number in (needed & set(self._small)) - given.parcels}
-        stored = sorted(needed & set(self._stored))
+        stored = sorted(needed & set(self.stored))
         given.contents |= contents
         given.parcels |= set(small)
         order = Order(self._number, items, templates, small, stored, states, self.exchange.fold)
-        return order, [self._stored[number] for number in stored]
+        return order, [self.stored[number] for number in stored]
 
 
 def _waves(exchange: Exchange) -> list[list[int]]:

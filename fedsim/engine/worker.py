@@ -12,6 +12,7 @@ import pickle
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from fedsim import _flwr
 from fedsim.engine import objects
 from fedsim.engine.folding import Fold, Folder, Left
 from fedsim.engine.grid import answer, is_empty, seed_everything
+from fedsim.engine.line import Door, HungUp
 from fedsim.sums import WeightedSum
 
 #: a hanging client is ended after its timeout and at most this share of it more
@@ -104,6 +106,13 @@ class Report:
     states: dict[int, RecordDict] = field(default_factory=dict)  #: of clients that had or have any
 
 
+@dataclass(frozen=True)
+class Failed:
+    """What comes back over a line where a call went wrong, not a client."""
+
+    error: str
+
+
 class Worker:
     """The body of the Ray actor."""
 
@@ -113,9 +122,17 @@ class Worker:
         self._send = -1
         self._templates: dict[int, objects.Template] = {}
         self._small: dict[int, objects.Parcel] = {}
+        self._door: Door | None = None
 
-    def equip(self, setup: Setup) -> None:
+    def equip(self, setup: Setup, place: str | None) -> str | None:
         """Get ready for a simulation, the first one or a later one.
+
+        Args:
+            setup: of the simulation.
+            place: see `listen`.
+
+        Returns:
+            Of `listen`.
 
         Raises:
             RuntimeError: a module that this process imported has been edited since.
@@ -137,10 +154,32 @@ class Worker:
 
             torch.set_num_threads(setup.threads)
         self.app = ray.cloudpickle.loads(setup.app)
+        return self.listen(place)
+
+    def listen(self, place: str | None) -> str | None:
+        """Put up a door for a line to the driver in its folder (None: there is to be none); its path."""
+        if self._door is not None:
+            self._door.close()
+        self._door = None if place is None else Door(place)
+        return None if self._door is None else self._door.path
+
+    def serve(self) -> None:
+        """Answer what comes through the door until the driver hangs up."""
+        if self._door is None:
+            return
+        for line, (head, buffers) in self._door.orders():
+            try:
+                report: Report | Failed = self._run(pickle.loads(head, buffers=buffers), ())
+            except Exception:
+                report = Failed(traceback.format_exc())
+            with suppress(HungUp):
+                line.send(objects.pack(report))
 
     def run(self, packed: bytes, *parcels: objects.Parcel) -> objects.Packed:
         """Answer the messages of a block, one after the other: a packed Order in, a packed Report out."""
-        order: Order = pickle.loads(packed)
+        return objects.pack(self._run(pickle.loads(packed), parcels))
+
+    def _run(self, order: Order, parcels: Sequence[objects.Parcel]) -> Report:
         contents = self._contents(order, dict(zip(order.parcels, parcels, strict=True)))
         report = Report()
         folder = None if order.fold is None else Folder(order.fold, start=order.items[0].position)
@@ -158,7 +197,7 @@ class Worker:
         faulthandler.cancel_dump_traceback_later()
         if folder is not None:
             report.total = folder.tree.total()
-        return objects.pack(report)
+        return report
 
     def _contents(self, order: Order, parcels: dict[int, objects.Parcel]) -> dict[int, RecordDict]:
         if order.send != self._send:
