@@ -28,6 +28,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from flwr.app.message import typeddict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -147,6 +148,13 @@ def _name_of(dtype: np.dtype[Any]) -> str:
     return str(dtype)
 
 
+class _Unnamed:
+    """In place of `Callable`, of which Flower's records make two new types for every item, to no end."""
+
+    def __getitem__(self, item: Any) -> None:
+        """No type."""
+
+
 @contextmanager
 def lazy_codec() -> Iterator[None]:
     """Inside, what a client app makes Arrays of is copied instead of going through `np.save`.
@@ -170,9 +178,12 @@ def lazy_codec() -> Iterator[None]:
 
     Array.from_numpy_ndarray = classmethod(from_numpy_ndarray)  # type: ignore[method-assign, assignment]
     Array.__getattr__ = data_of  # type: ignore[attr-defined]
+    typed: Any = typeddict
+    named, typed.Callable = typed.Callable, _Unnamed()
     try:
         yield
     finally:
+        typed.Callable = named
         Array.from_numpy_ndarray = stock  # type: ignore[method-assign]
         del Array.__getattr__  # type: ignore[attr-defined]
 

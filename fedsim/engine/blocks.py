@@ -1,22 +1,18 @@
 """Which worker call runs which clients: aligned blocks of positions, the largest first.
 
-A call costs some three milliseconds of a busy worker, so clients go in blocks; a block is a subtree of the
-fixed tree of sums (`fedsim/sums.py`), so that its worker may add it up. The big blocks go first, small ones
-fill the gaps at the end, and are cut until all workers would finish together.
+A block is a subtree of the fixed tree of sums (`fedsim/sums.py`), so that its worker may add it up. It is at
+most a worker's even share of what is left when it is cut off, so that blocks get smaller and smaller: whoever
+is free takes the next one, and nobody waits long for the last, though no client takes as long as it should.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_COARSE, _FINE = 1, 4  #: blocks a worker gets at least if the work were cut evenly: at first, at the end
-_TAIL = 0.3  #: share of the work that is cut finely
-_SLACK = 0.02  #: by which the last worker may finish later than all of them on average
-_MOST = 32  #: blocks of a worker that are never exceeded for the sake of that
+_SMALLEST = 0.03  #: of a worker's even share of all work: no smaller block is needed
 
 
 @dataclass(frozen=True)
@@ -56,42 +52,15 @@ def blocks(work: Sequence[float], workers: int, highest: int = 64) -> list[Block
         places = block.positions(count)
         return float(ends[places.stop] - ends[places.start])
 
-    def cut(block: Block, largest: float) -> list[Block]:
+    found: list[Block] = []
+    waiting = [Block(max(count - 1, 0).bit_length(), 0)]
+    while waiting:
+        block = waiting.pop()
         if block.start >= count:
-            return []
+            continue
+        largest = max(total - ends[block.start], _SMALLEST * total) / workers
         if block.level == 0 or (block.level <= highest and amount(block) <= largest):
-            return [block]
-        return [part for half in block.halves() for part in cut(half, largest)]
-
-    def largest_first(some: list[Block]) -> list[Block]:
-        return sorted(some, key=amount, reverse=True)  # stable: equal ones in order of position
-
-    whole = Block(max(count - 1, 0).bit_length(), 0)
-    coarse = largest_first(cut(whole, total / (_COARSE * workers)))
-    tail, left = len(coarse), total * _TAIL
-    while tail > 0 and left > 0:
-        tail -= 1
-        left -= amount(coarse[tail])
-    fine = [part for block in coarse[tail:] for part in cut(block, total / (_FINE * workers))]
-    found = largest_first(coarse[:tail] + fine)
-    while len(found) < _MOST * workers:
-        latest, load = _last_to_finish(found, amount, workers)
-        if load <= (1 + _SLACK) * total / workers or latest.level == 0:
-            break
-        halves = [half for half in latest.halves() if half.start < count]
-        found = largest_first([block for block in found if block != latest] + halves)
-    return found
-
-
-def _last_to_finish(
-    found: Sequence[Block], amount: Callable[[Block], float], workers: int
-) -> tuple[Block, float]:
-    """The last block of the worker that finishes last if whoever is free takes the next one, and its load."""
-    free = [(0.0, number) for number in range(workers)]
-    last: dict[int, Block] = {}
-    for block in found:
-        load, number = heapq.heappop(free)
-        last[number] = block
-        heapq.heappush(free, (load + amount(block), number))
-    load, number = max(free)
-    return last[number], load
+            found.append(block)
+        else:
+            waiting.extend(reversed(block.halves()))
+    return sorted(found, key=amount, reverse=True)  # stable: equal ones in order of position

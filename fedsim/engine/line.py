@@ -4,38 +4,34 @@
     parts:  a pickle, then the buffers that it leaves out, each at a multiple of 64 bytes
 
 A Ray call takes milliseconds of two busy cores, a line a tenth of one. Ray starts the workers, ends them and
-carries what is worth shared memory. The socket is a file in a folder that nobody else can enter, and it goes
-away as soon as the line stands. Who hangs up, or dies, is noticed at once.
+carries what is worth shared memory. Linux only (`POSSIBLE`): sockets there have names that are no files, and
+say who is at the other end. Who hangs up, or dies, is noticed at once.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import tempfile
+import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
-from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 
 from fedsim.engine.objects import Packed
 
+POSSIBLE = sys.platform == "linux"
+_CREDENTIALS = struct.Struct("3i")  #: process, user, group
 _ALIGNED = 64
 _PARTS = 512  #: of one call of the system, which takes 1,024
 
 
 class HungUp(OSError):
     """The other end is gone."""
-
-
-def folder() -> Path:
-    """A folder for the doors of one driver's workers (short: a socket's path has 108 bytes at most)."""
-    place = "/tmp" if os.path.isdir("/tmp") else None
-    return Path(tempfile.mkdtemp(prefix="fedsim-", dir=place))
 
 
 class Line:
@@ -98,7 +94,7 @@ class Line:
             raise HungUp(str(error)) from error
 
     def receive(self) -> tuple[memoryview, list[memoryview]]:
-        """What the other end sends next: a pickle and its buffers, which are read-only.
+        """What the other end sends next: a pickle and its buffers, which may be written to.
 
         Raises:
             HungUp: nothing comes any more.
@@ -106,7 +102,7 @@ class Line:
         (count,) = self._exactly(8).cast("q")
         sizes = self._exactly(8 * count).cast("q").tolist()
         room = [size + -size % _ALIGNED for size in sizes]
-        whole = self._exactly(sum(room)).toreadonly()
+        whole = self._exactly(sum(room))
         starts = np.concatenate([[0], np.cumsum(room)]).tolist()
         head, *buffers = (whole[at : at + size] for at, size in zip(starts, sizes, strict=False))
         return head, buffers
@@ -165,17 +161,14 @@ class Bell:
 
 
 class Door:
-    """Where a worker awaits its driver.
+    """Where a worker awaits its driver."""
 
-    Args:
-        place: the driver's `folder()`.
-    """
-
-    def __init__(self, place: str) -> None:
-        self.path = os.path.join(place, f"{os.getpid()}-{os.urandom(4).hex()}")
+    def __init__(self) -> None:
+        # a name without a file: nothing is left behind, whoever dies
+        self.path = f"\0fedsim-{os.getpid()}-{os.urandom(8).hex()}"
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(self.path)
-        self._listening.listen(1)
+        self._listening.listen()
 
     def orders(self) -> Iterator[tuple[Line, tuple[memoryview, list[memoryview]]]]:
         """What comes over the line, with the line to answer on, until the driver hangs up.
@@ -183,9 +176,7 @@ class Door:
         A thread takes orders off the line while the caller works, so that neither end ever waits for the
         other to read.
         """
-        end, _ = self._listening.accept()
-        self.close()
-        line = Line(end)
+        line = self._opened()
         waiting: SimpleQueue[tuple[memoryview, list[memoryview]] | None] = SimpleQueue()
 
         def read() -> None:
@@ -199,8 +190,18 @@ class Door:
             yield line, order
         line.close()
 
+    def _opened(self) -> Line:
+        """The line to the first of this user's processes that comes."""
+        while True:
+            end, _ = self._listening.accept()
+            _, user, _ = _CREDENTIALS.unpack(
+                end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            if user == os.getuid():
+                self.close()
+                return Line(end)
+            end.close()
+
     def close(self) -> None:
         """Take it away."""
         self._listening.close()
-        with suppress(OSError):
-            os.unlink(self.path)

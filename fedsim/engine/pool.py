@@ -9,7 +9,6 @@ Calls go over lines of our own, or, to other machines and with what is worth sha
 from __future__ import annotations
 
 import pickle
-import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from fedsim.engine.line import Bell, HungUp, Line
 from fedsim.engine.worker import Failed, Order, Report, Setup, Worker
 from fedsim.errors import UserError
 
-_DEPTH = 2  #: calls of a worker: one runs, one waits
+_DEPTH = 2  #: calls of a worker through Ray: one runs, one waits; over a line there is only one
 _STARTS = 3  #: workers in a row that may die before they are up
 _PATIENCE = 300.0  #: seconds that a worker may take to start while nothing else goes on
 _ASKED = 10.0  #: seconds that Ray has to say why a worker ended
@@ -116,8 +115,7 @@ class Pool(Generic[Job]):
         self._failed_starts = 0
         self._bell = Bell()  #: rings when a worker answers through Ray that it is up
         self._rung = False
-        self._place = lines.folder() if near else None
-        self._lines = near
+        self._near = self._lines = near and lines.POSSIBLE
         self._quiet_since = time.monotonic()
         for _ in range(self.size):
             self._start(fresh=False)
@@ -126,7 +124,8 @@ class Pool(Generic[Job]):
 
     def open_slots(self) -> list[Slot[Job]]:
         """Workers that can take a call, the idle ones first."""
-        return sorted((s for s in self._slots if s.up and len(s.calls) < _DEPTH), key=lambda s: len(s.calls))
+        found = [s for s in self._slots if s.up and len(s.calls) < (1 if s.line is not None else _DEPTH)]
+        return sorted(found, key=lambda slot: len(slot.calls))
 
     @property
     def busy(self) -> bool:
@@ -139,12 +138,12 @@ class Pool(Generic[Job]):
         Args:
             wanted: over lines, to workers that are on this machine.
         """
-        self._lines = wanted and self._place is not None
+        self._lines = wanted and self._near
         for slot in self._slots:
             if not self._lines:
                 slot.hang_up()
             elif slot.up and slot.line is None:
-                slot.up, slot.ready = False, self._told(slot.actor.listen.remote(str(self._place)))
+                slot.up, slot.ready = False, self._told(slot.actor.listen.remote())
 
     def submit(self, slot: Slot[Job], job: Job, order: Order, parcels: Sequence[Any]) -> None:
         """Give a worker one more call; of one that is gone `wait` will tell."""
@@ -216,7 +215,7 @@ class Pool(Generic[Job]):
         if slot.up:
             return Event(slot.calls.popleft()[1], objects.unpack(answer))
         if self._lines and answer is None:
-            slot.ready = self._told(slot.actor.listen.remote(str(self._place)))
+            slot.ready = self._told(slot.actor.listen.remote())
             return Event()
         if self._lines:
             slot.serving = slot.actor.serve.remote()
@@ -290,14 +289,12 @@ class Pool(Generic[Job]):
                 self._drop(slot)
         if park:
             _parking[_kind(self._wanted)] = self._parked
-        if self._place is not None:
-            shutil.rmtree(self._place, ignore_errors=True)
         self._bell.close()
 
     def _start(self, *, fresh: bool) -> None:
         parked = not fresh and bool(self._parked)
         actor = self._parked.pop() if parked else _new_worker(self._wanted)
-        ready = self._told(actor.equip.remote(self._setup, str(self._place) if self._lines else None))
+        ready = self._told(actor.equip.remote(self._setup, near=self._lines))
         self._slots.append(Slot(actor, ready, fresh, parked))
 
     def _told(self, ready: Any) -> Any:

@@ -124,15 +124,15 @@ class Worker:
         self._small: dict[int, objects.Parcel] = {}
         self._door: Door | None = None
 
-    def equip(self, setup: Setup, place: str | None) -> str | None:
+    def equip(self, setup: Setup, *, near: bool) -> str | None:
         """Get ready for a simulation, the first one or a later one.
 
         Args:
             setup: of the simulation.
-            place: see `listen`.
+            near: there is to be a line to the driver.
 
         Returns:
-            Of `listen`.
+            Of `listen`; None without a line.
 
         Raises:
             RuntimeError: a module that this process imported has been edited since.
@@ -154,14 +154,14 @@ class Worker:
 
             torch.set_num_threads(setup.threads)
         self.app = ray.cloudpickle.loads(setup.app)
-        return self.listen(place)
+        return self.listen() if near else None
 
-    def listen(self, place: str | None) -> str | None:
-        """Put up a door for a line to the driver in its folder (None: there is to be none); its path."""
+    def listen(self) -> str:
+        """Put up a door for a line to the driver; its path."""
         if self._door is not None:
             self._door.close()
-        self._door = None if place is None else Door(place)
-        return None if self._door is None else self._door.path
+        self._door = Door()
+        return self._door.path
 
     def serve(self) -> None:
         """Answer what comes through the door until the driver hangs up."""
@@ -169,7 +169,8 @@ class Worker:
             return
         for line, (head, buffers) in self._door.orders():
             try:
-                report: Report | Failed = self._run(pickle.loads(head, buffers=buffers), ())
+                order = pickle.loads(head, buffers=[buffer.toreadonly() for buffer in buffers])
+                report: Report | Failed = self._run(order, ())
             except Exception:
                 report = Failed(traceback.format_exc())
             with suppress(HungUp):
