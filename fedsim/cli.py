@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fedsim.sweep import Cell, Sweep
 
 app = typer.Typer(
-    help="Tune, prompt, un-learn and locally train foundation models across federated clients.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,6 +42,23 @@ Runs = Annotated[
 
 
 # ------------------------------------------------------------------------------------ commands
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from fedsim.version import code_digest
+
+        print(f"fedsim {code_digest()}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print version and digest of the code.", callback=_say_version)
+    ] = False,
+) -> None:
+    """Tune, prompt, un-learn and locally train foundation models across federated clients."""
 
 
 @app.command()

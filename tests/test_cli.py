@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from fedsim.cli import app
 from fedsim.runs import Run
+from fedsim.version import code_digest
 from tests.helpers import tiny
 
 Invoke = Callable[..., Result]
@@ -132,6 +133,12 @@ def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim
     assert result.stderr.startswith("error: ")
     for part in parts:
         assert part in result.stderr
+
+
+def test_version_names_the_code(fedsim: Invoke) -> None:
+    result = fedsim("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"fedsim {code_digest()}\n"
 
 
 def test_debug_shows_the_traceback(fedsim: Invoke, file: Path) -> None:
