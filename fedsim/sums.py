@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,14 @@ from numpy.typing import NDArray
 Weighting = Literal["examples", "uniform"]
 
 _PIECE = 2**15  #: values that are scaled and added at a time
+
+
+class Leaf(NamedTuple):
+    """What one client sent: arrays, their weight, and of some of them weights of the rows."""
+
+    values: Mapping[str, NDArray[Any]]
+    weight: float
+    rows: Mapping[str, NDArray[Any]] | None = None
 
 
 @dataclass
@@ -58,27 +66,25 @@ class WeightedSum:
             rows={k: np.array(v) for k, v in rows.items()},
         )
 
-    def add_values(
-        self,
-        values: Mapping[str, NDArray[Any]],
-        weight: float,
-        rows: Mapping[str, NDArray[Any]] | None = None,
-    ) -> WeightedSum:
-        """`self + WeightedSum.of(values, weight, rows)`, bit for bit; plain arrays need no further memory."""
-        rows = rows or {}
+    @classmethod
+    def of_two(cls, left: Leaf, right: Leaf) -> WeightedSum:
+        """`of(*left) + of(*right)`, bit for bit, in one pass over plain arrays."""
         plain = {
             name
-            for name, mine in self.arrays.items()
-            if mine.ndim and mine.flags.carray and name not in rows and values[name].flags.c_contiguous
+            for name, values in left.values.items()
+            if values.dtype.kind in "fc"
+            and values.flags.c_contiguous
+            and right.values[name].flags.c_contiguous
+            and name not in (left.rows or {})
+            and name not in (right.rows or {})
         }
-        for name in plain:
-            _add_scaled(self.arrays[name].reshape(-1), values[name].reshape(-1), weight)
-        others = {name: array for name, array in self.arrays.items() if name not in plain}
-        rest = WeightedSum(others, self.weight, self.largest, self.rows)
-        rest.add(WeightedSum.of({k: v for k, v in values.items() if k not in plain}, weight, rows))
-        self.arrays.update(rest.arrays)
-        self.weight, self.largest, self.rows = rest.weight, rest.largest, rest.rows
-        return self
+        rest = (
+            cls.of({k: v for k, v in leaf.values.items() if k not in plain}, leaf.weight, leaf.rows)
+            for leaf in (left, right)
+        )
+        both = next(rest).add(next(rest))
+        both.arrays |= {name: _scaled_sum(name, left, right) for name in plain}
+        return both
 
     def add(self, other: WeightedSum) -> WeightedSum:
         """`self + other`, into the buffers of `self` where they can be written to (both are given up)."""
@@ -113,13 +119,18 @@ class WeightedSum:
         return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name])
 
 
-def _add_scaled(total: NDArray[Any], values: NDArray[Any], weight: float) -> None:
-    """`total += weight * values` in pieces that stay in a core's cache; both flat."""
-    part = np.empty(min(_PIECE, len(total)), np.float64)
-    for start in range(0, len(total), _PIECE):
-        piece = values[start : start + _PIECE]
-        scaled = np.multiply(piece, weight, out=part[: len(piece)], dtype=np.float64)
-        total[start : start + _PIECE] += scaled
+def _scaled_sum(name: str, left: Leaf, right: Leaf) -> NDArray[Any]:
+    """Σ weight·values of one array of two leaves, in pieces that stay in a core's cache."""
+    one, two = left.values[name].reshape(-1), right.values[name].reshape(-1)
+    total = np.empty(len(one), np.float64)
+    scaled = np.empty(min(_PIECE, len(one)), np.float64)
+    for start in range(0, len(one), _PIECE):
+        out = total[start : start + _PIECE]
+        np.multiply(one[start : start + _PIECE], left.weight, out=out, dtype=np.float64)
+        out += np.multiply(
+            two[start : start + _PIECE], right.weight, out=scaled[: len(out)], dtype=np.float64
+        )
+    return total.reshape(left.values[name].shape)
 
 
 def _per_row(weights: NDArray[Any], array: NDArray[Any]) -> NDArray[Any]:
@@ -135,10 +146,10 @@ class TreeSum:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[int, int], WeightedSum | None] = {}
+        self._parts: dict[tuple[int, int], WeightedSum | Leaf | None] = {}
         self._height = 0
 
-    def add(self, part: WeightedSum | None, index: int, level: int = 0) -> None:
+    def add(self, part: WeightedSum | Leaf | None, index: int, level: int = 0) -> None:
         """Add one subtree (None: nothing there, which lets its sibling move up); no two may overlap."""
         self._height = max(self._height, level + index.bit_length())
         while (level, index ^ 1) in self._parts:
@@ -154,19 +165,15 @@ class TreeSum:
         index: int,
         rows: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
-        """Add what one client sent; a weight of 0 is nothing."""
-        left = self._parts.get((0, index - 1)) if index & 1 else None
-        if left is None or weight <= 0:
-            self.add(WeightedSum.of(values, weight, rows) if weight > 0 else None, index)
-        else:
-            del self._parts[0, index - 1]
-            self.add(left.add_values(values, weight, rows), index >> 1, 1)
+        """Add what one client sent, which is kept until its sibling is there; a weight of 0 is nothing."""
+        self.add(Leaf(values, weight, rows) if weight > 0 else None, index)
 
     def total(self) -> WeightedSum | None:
         """The sum of everything added (which is given up); what was never added counts as nothing."""
-        return self._take(self._height, 0)
+        part = self._take(self._height, 0)
+        return None if part is None else _summed(part)
 
-    def _take(self, level: int, index: int) -> WeightedSum | None:
+    def _take(self, level: int, index: int) -> WeightedSum | Leaf | None:
         if (level, index) in self._parts:
             return self._parts.pop((level, index))
         if level == 0 or not self._parts:
@@ -174,8 +181,15 @@ class TreeSum:
         return plus(self._take(level - 1, 2 * index), self._take(level - 1, 2 * index + 1))
 
 
-def plus(left: WeightedSum | None, right: WeightedSum | None) -> WeightedSum | None:
+def plus(left: WeightedSum | Leaf | None, right: WeightedSum | Leaf | None) -> WeightedSum | Leaf | None:
     """`left + right`, where None is nothing."""
     if left is None or right is None:
         return left if right is None else right
-    return left.add(right)
+    if isinstance(left, Leaf) and isinstance(right, Leaf):
+        return WeightedSum.of_two(left, right)
+    return _summed(left).add(_summed(right))
+
+
+def _summed(part: WeightedSum | Leaf) -> WeightedSum:
+    """A leaf as a sum; a sum as it is."""
+    return WeightedSum.of(*part) if isinstance(part, Leaf) else part

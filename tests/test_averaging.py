@@ -82,15 +82,17 @@ def test_leaves_added_in_place_give_the_same_bits() -> None:
         }
 
 
-def test_the_second_of_a_pair_needs_no_memory_of_its_own() -> None:
+def test_a_pair_takes_the_memory_of_its_sum() -> None:
     values = {"w": np.ones(2**20, np.float32)}
     total = TreeSum()
-    total.add_leaf(values, 1.0, 0)
     tracemalloc.start()
+    total.add_leaf(values, 1.0, 0)
+    first = tracemalloc.get_traced_memory()[1]
     total.add_leaf(values, 2.0, 1)
-    peak = tracemalloc.get_traced_memory()[1]
+    second = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < values["w"].nbytes / 8
+    assert first < values["w"].nbytes / 8
+    assert second < (2 + 1 / 8) * values["w"].nbytes
 
 
 def test_mean_matches_float64_reference_and_casts_once() -> None:
