@@ -206,7 +206,7 @@ class AttributeUnlearning(WeightedAverage):
             )  # fmt: skip
         self.findings["leace_shrinkage"] = erasure.shrinkage
         values = dict(messages.views_of(self._current().arrays))
-        for part in ("mean", "left", "right"):
+        for part in ("mean", "left", "right", "keep"):
             values[f"eraser.{part}"] = getattr(erasure, part).astype(np.float32)
         return messages.arrays_of(values)
 

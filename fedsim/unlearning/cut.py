@@ -5,7 +5,7 @@
                                    └ detacher (a term of the loss, `fedsim.unlearning.detach`)
 
 The eraser is the identity until LEACE sets it; it never trains, but it travels with the shared part (2·d·q
-+ d numbers), so that checkpoints, clients and exports have it without further code.
++ 2·d numbers), so that checkpoints, clients and exports have it without further code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ DETACHER = "detacher"  #: name of the auxiliary part in the model's state
 
 
 class Eraser(nn.Module):
-    """h ↦ h - ((h - mean) left) right, in float64; the identity as long as `left` is 0 (exactly).
+    """h ↦ h - ((h - mean) left) right, or mean where `keep` is 0; exactly the identity at first.
+
+    In float64: what is left of a feature may be small beside it.
 
     Args:
         width: d.
@@ -37,18 +39,21 @@ class Eraser(nn.Module):
     mean: Tensor
     left: Tensor
     right: Tensor
+    keep: Tensor
 
     def __init__(self, width: int, columns: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("left", torch.zeros(width, columns))
         self.register_buffer("right", torch.zeros(columns, width))
+        self.register_buffer("keep", torch.ones(width))
 
     def forward(self, h: Tensor) -> Tensor:
         """[n, ...] -> [n, ...] of the same dtype."""
         flat = h.flatten(1).double()  # autocast leaves float64 alone
-        gone = (flat - self.mean.double()) @ self.left.double() @ self.right.double()
-        return h - gone.to(h.dtype).reshape(h.shape)
+        mean = self.mean.double()
+        erased = flat - (flat - mean) @ self.left.double() @ self.right.double()
+        return torch.where(self.keep > 0, erased, mean).to(h.dtype).reshape(h.shape)
 
 
 class Detachable(Classifier):

@@ -5,6 +5,9 @@
 in the low-rank form r(h) = h - ((h - µ) left) right with left = W U [d, q], right = Uᵀ W⁺ [q, d], where the
 columns of U are an orthonormal basis of those of W Σ_hz.
 
+A feature of which next to nothing is left is set to its mean: what remains of it is the rounding of float32,
+which depends on z as the feature itself did and would be read by whoever divides by its standard deviation.
+
 Cov(r(h), z) = 0 holds exactly on the samples behind the moments, for every invertible W: shrinkage of Σ_hh
 changes how far h moves, not what is erased.
 """
@@ -14,11 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.errors import UserError
 from fedsim.unlearning.moments import Floats, Moments
 
 _TOLERANCE = 1e-10  #: a correlation below this is none
+_ROUNDING = 1e-4  #: what is left of a feature, as a part of its size, below which float32 tells z
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,19 @@ class Erasure:
         mean: µ [d].
         left: [d, q]; columns beyond the rank are zero.
         right: [q, d].
+        keep: bool [d]; a feature that is not kept is set to its mean.
         shrinkage: share of the spherical part in the covariance (0: none was needed).
     """
 
     mean: Floats
     left: Floats
     right: Floats
+    keep: NDArray[np.bool_]
     shrinkage: float
 
     def __call__(self, h: Floats) -> Floats:
         """Erase: [n, d] -> [n, d]."""
-        return h - (h - self.mean) @ self.left @ self.right
+        return np.where(self.keep, h - (h - self.mean) @ self.left @ self.right, self.mean)
 
 
 def leace(moments: Moments) -> Erasure:
@@ -72,4 +79,8 @@ def leace(moments: Moments) -> Erasure:
     left, right = np.zeros((width, columns)), np.zeros((columns, width))
     left[:, : basis.shape[1]] = whiten @ basis
     right[: basis.shape[1]] = basis.T @ unwhiten
-    return Erasure(moments.mean, left, right, share)
+    rest = np.eye(width) - left @ right
+    left_over = np.einsum("ij,ik,kj->j", rest, moments.covariance, rest, optimize=True)
+    size = np.sqrt(np.diag(moments.hh) / moments.count)
+    keep = np.sqrt(np.maximum(left_over, 0)) > _ROUNDING * size
+    return Erasure(moments.mean, left, right, keep, share)

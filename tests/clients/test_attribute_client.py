@@ -174,7 +174,7 @@ def test_moments_of_clients_add_up_and_erasing_leaves_no_correlation() -> None:
 
     assert correlation() > 0.1
     erasure = leace(total)
-    for part in ("mean", "left", "right"):
+    for part in ("mean", "left", "right", "keep"):
         getattr(model.eraser, part).copy_(torch.from_numpy(getattr(erasure, part)))
     assert correlation() < 1e-6
     found = leakage(ours)

@@ -36,7 +36,7 @@ def test_no_strength_is_plain_averaging_to_the_bit(tmp_path: Path) -> None:
     plain.pop("detacher")
     theirs = run(tiny("rounds=2", **plain), tmp_path / "b").state()
     state = ours.state()
-    assert set(state) - set(theirs) == {"eraser.mean", "eraser.left", "eraser.right"}
+    assert set(state) - set(theirs) == {f"eraser.{part}" for part in ("mean", "left", "right", "keep")}
     for name, values in theirs.items():
         assert state[name].tobytes() == values.tobytes()
 

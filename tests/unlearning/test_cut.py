@@ -12,6 +12,8 @@ from fedsim.data.attributes import Attribute
 from fedsim.errors import UserError
 from fedsim.task import Task, build
 from fedsim.unlearning.cut import Detachable, Eraser
+from fedsim.unlearning.leace import leace
+from fedsim.unlearning.moments import Moments
 from fedsim.unlearning.statistics import GroupStatistics
 from tests.helpers import tiny
 
@@ -40,7 +42,9 @@ def test_a_cut_changes_nothing_until_it_erases(cut: int | None) -> None:
     assert torch.equal(model(x), plain.model(x))
     assert model.width == {1: 4 * 16, 2: 8 * 4, 3: 8, None: 8}[cut]
     names = {e.name for e in ours.selection.shared}
-    assert {"eraser.mean", "eraser.left", "eraser.right"} == names - {e.name for e in plain.selection.shared}
+    assert {f"eraser.{part}" for part in ("mean", "left", "right", "keep")} == names - {
+        e.name for e in plain.selection.shared
+    }
     model.eraser.left[0, 0] = 1.0
     model.eraser.right[0, 0] = 1.0
     assert not torch.equal(model(x), plain.model(x))
@@ -52,8 +56,29 @@ def test_the_eraser_is_its_formula() -> None:
         buffer.normal_()
     h = torch.randn(5, 3, 2)
     flat = h.flatten(1)
+    eraser.keep.fill_(1)[2] = 0
     expected = flat - (flat - eraser.mean) @ eraser.left @ eraser.right
+    expected[:, 2] = eraser.mean[2]
     torch.testing.assert_close(eraser(h), expected.reshape(5, 3, 2))
+
+
+def test_what_is_left_of_a_feature_that_is_the_attribute_is_not_its_rounding() -> None:
+    """Two values of float32 minus their mean: 1e-8 of them remain, and tell the attribute exactly."""
+    torch.manual_seed(0)
+    z = torch.randint(0, 2, (500, 1)).double()
+    h = torch.randn(500, 4, dtype=torch.float64)
+    h[:, 0] = 0.3 + 0.4 * z[:, 0]
+    h[:, 1] += z[:, 0]
+    h[:, 3] = 0  # a dead feature
+    h = h.float()
+    erasure = leace(Moments.of(h.double().numpy(), z.numpy()))
+    assert erasure.keep.tolist() == [False, True, True, False]
+    eraser = Eraser(4, 1)
+    for part in ("mean", "left", "right", "keep"):
+        getattr(eraser, part).copy_(torch.from_numpy(np.asarray(getattr(erasure, part))))
+    erased = eraser(h).double()
+    assert not erased[:, [0, 3]].var(0).any()
+    assert abs(torch.corrcoef(torch.cat([erased[:, 1:3], z], 1).T)[2, :2]).max() < 1e-6
 
 
 def test_what_is_below_rests() -> None:
