@@ -82,5 +82,6 @@ def leace(moments: Moments) -> Erasure:
     rest = np.eye(width) - left @ right
     left_over = np.einsum("ij,ik,kj->j", rest, moments.covariance, rest, optimize=True)
     size = np.sqrt(np.diag(moments.hh) / moments.count)
-    keep = np.sqrt(np.maximum(left_over, 0)) > _ROUNDING * size
+    floor = np.maximum(_ROUNDING * size, _TOLERANCE * size.max())  # the second is for dead features
+    keep = np.sqrt(np.maximum(left_over, 0)) > floor
     return Erasure(moments.mean, left, right, keep, share)
