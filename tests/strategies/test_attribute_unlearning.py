@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedsim import config
 from fedsim.errors import UserError
 from fedsim.runs import Run
 from strategies.attribute_unlearning import AttributeUnlearning
@@ -79,6 +81,38 @@ def test_an_audit_sees_what_plain_training_leaves(tmp_path: Path) -> None:
     for kind in ("linear", "mlp"):
         assert summary[f"audit_tint_{kind}"] > 0.65
         assert summary[f"attack_{kind}_tint"] > 0.7
+
+
+def test_the_experiment_reaches_its_figures() -> None:
+    """Bars on means of three seeds: MMD alone; then LEACE; what plain training leaves shows the attack's power."""
+    path = config.shipped_folder() / "results" / "attribute_digits.json"
+    found: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    for result in json.loads(path.read_text("utf-8")):
+        key = result["cell"]["detacher.name"], result["cell"]["strategy.leace"]
+        found.setdefault(key, []).append(result["summary"])
+
+    def mean(key: tuple[str, bool], name: str) -> float:
+        assert len(found[key]) == 3
+        return sum(summary[name] for summary in found[key]) / 3
+
+    plain, mmd, erased = ("none", False), ("mmd", False), ("mmd", True)
+    assert mean(plain, "attack_mlp_tint") >= 0.75
+    assert mean(mmd, "attack_mlp_tint") <= 0.60
+    assert mean(mmd, "accuracy") >= mean(plain, "accuracy") - 0.015
+    assert mean(erased, "attack_mlp_tint") <= 0.60
+    assert mean(erased, "accuracy") >= mean(mmd, "accuracy") - 0.005
+    for key in (erased, ("none", True)):
+        assert abs(mean(key, "attack_linear_tint") - 0.5) < 2 * mean(key, "attack_linear_tint_error")
+
+
+def test_a_short_version_of_the_experiment(tmp_path: Path) -> None:
+    """Fourteen rounds, one seed: the attacker loses a quarter of what it knows, the task next to nothing."""
+    short = ["rounds=14", "evaluation.every=14", "strategy.leace=false"]
+    mmd = run(config.load("attribute_digits", short), tmp_path / "mmd").summary
+    plain = run(config.load("attribute_digits", [*short, "detacher.name=none"]), tmp_path / "plain").summary
+    assert plain["attack_mlp_tint"] > 0.72
+    assert mmd["attack_mlp_tint"] - 0.5 < 0.75 * (plain["attack_mlp_tint"] - 0.5)
+    assert mmd["accuracy"] > plain["accuracy"] - 0.03
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
