@@ -84,7 +84,7 @@ def test_an_audit_sees_what_plain_training_leaves(tmp_path: Path) -> None:
 
 
 def test_the_experiment_reaches_its_figures() -> None:
-    """Bars on means of three seeds: MMD alone; then LEACE; what plain training leaves shows the attack's power."""
+    """Bars on means of three seeds; what plain training leaves shows that the attack has power."""
     path = config.shipped_folder() / "results" / "attribute_digits.json"
     found: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for result in json.loads(path.read_text("utf-8")):
