@@ -4,7 +4,7 @@ DATASETS = {
     "digits": "fedsim.data.sources:digits",
     "mnist-5k": "fedsim.data.sources:mnist_5k",
     "tinted-digits": "fedsim.data.drawn:tinted_digits",
-    "avatars": "fedsim.data.drawn:avatars",
+    "avatars": "fedsim.data.faces:avatars",
     "adult": "fedsim.data.asset_datasets:adult",
     "cifar10": "fedsim.data.asset_datasets:cifar10",
     "fashion-mnist": "fedsim.data.asset_datasets:fashion_mnist",

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from fedsim.data.attributes import Attribute, coded, conformed, from_json, positions, refuse_label, to_json
-from fedsim.data.drawn import avatars, tinted_digits
+from fedsim.data.drawn import tinted_digits
+from fedsim.data.faces import LOOKS, avatars, draw
 from fedsim.data.federated import load
 from fedsim.data.store import load_arrays
 from fedsim.errors import UserError
@@ -39,8 +40,6 @@ def test_the_correlation_with_the_label_is_the_chosen_one(correlation: float) ->
 
 def test_avatars_show_what_their_labels_say() -> None:
     """Faces that differ in one property only differ where that property is."""
-    from fedsim.data.faces import LOOKS, draw
-
     plain = dict.fromkeys(LOOKS, 0)
 
     def face(**changes: int) -> np.ndarray:
