@@ -6,6 +6,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fedsim import config, registry
@@ -82,6 +83,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         **{key: value for key, value in progress.last.items() if key not in ("accuracy", "loss")},
         **_more_accuracies(progress),
         **getattr(loop.strategy, "findings", {}),
+        **_costs_of_steps(run),
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "seconds": round(progress.seconds, 3),
@@ -105,6 +107,17 @@ def _more_accuracies(progress: Progress) -> dict[str, float]:
         base, new = progress.last["base_accuracy"], progress.last["new_accuracy"]
         found["harmonic_accuracy"] = 2 * base * new / max(base + new, 1e-12)
     return found
+
+
+def _costs_of_steps(run: Run) -> dict[str, float]:
+    """Where clients measured their steps: most bytes held at a time, seconds a step (means over clients)."""
+    rows = [row for row in run.history() if "train_peak_bytes" in row]
+    if not rows:
+        return {}
+    return {
+        "peak_bytes": max(row["train_peak_bytes"] for row in rows),
+        "step_seconds": median(row["train_step_seconds"] for row in rows),
+    }
 
 
 def _start_note(loop: Loop) -> dict[str, str]:

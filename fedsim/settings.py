@@ -71,7 +71,8 @@ def local_keys(
     """Keys that every method of local learning has (`bp` has no use for them).
 
     Args:
-        blocks: K, into how many blocks the backbone is cut (default: 4).
+        blocks: K, into how many blocks the backbone is cut (default: 4); `bp` has one, but with this key
+            its memory and time are measured, too.
         plan: `papers` cuts where the papers cut this net for this K, and evenly where they do not;
             `uniform` evenly; `units` everywhere; `balanced` so that the most expensive block is cheapest.
         cuts: names of the units that blocks end at (`["blocks.4", "blocks.9"]`), instead of a plan.

@@ -59,6 +59,10 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
             row[name] = _spread([s[key] for s in good if key in s])
     for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
         row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
+    measured = [s for s in good if "peak_bytes" in s]
+    if measured:
+        row["peak"] = human_bytes(mean(s["peak_bytes"] for s in measured))
+        row["step"] = f"{1000 * mean(s['step_seconds'] for s in measured):.0f} ms"
     row["bytes up"] = human_bytes(mean(s["bytes_up"] for s in good)) if good else ""
     row["time"] = human_seconds(mean(s["seconds"] for s in good)) if good else ""
     return row

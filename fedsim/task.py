@@ -95,7 +95,7 @@ class Task:
     def _local(self) -> Local | None:
         """How clients train, if not by back-propagation; shared entries are taken into the selection."""
         section = self.experiment["local"]
-        if section.name == "bp":
+        if section.name == "bp" and "blocks" not in section.common:
             if section.common.get("budgets"):
                 raise UserError('[local] budgets need a method that saves memory, such as name = "man++"')
             return None

@@ -169,11 +169,13 @@ def test_the_table_is_made_from_the_results_alone() -> None:
 
     results = [cell(0, "bias", 0.7), cell(0, "head", 0.6), cell(1, "bias", 0.9)]
     results.append({"cell": {"seed": 1, "tuning.name": "head"}, "error": "no luck"})
+    for result, peak in ((results[0], 2_000_000), (results[2], 4_000_000)):
+        result["summary"] |= {"peak_bytes": peak, "step_seconds": peak / 1e8}  # type: ignore[operator]
     assert table_of(json.loads(json.dumps(results))) == (
-        "| tuning.name | n | accuracy | start | local-only | bytes up | time |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| bias | 2 | 0.800 ± 0.141 | 0.500 ± 0.000 | 0.375 ± 0.177 | 1.5 MB | 4.0 s |\n"
-        "| head | 1 (1 failed) | 0.600 | 0.500 | 0.250 | 1.5 MB | 4.0 s |\n"
+        "| tuning.name | n | accuracy | start | local-only | peak | step | bytes up | time |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| bias | 2 | 0.800 ± 0.141 | 0.500 ± 0.000 | 0.375 ± 0.177 | 3.0 MB | 30 ms | 1.5 MB | 4.0 s |\n"
+        "| head | 1 (1 failed) | 0.600 | 0.500 | 0.250 |  |  | 1.5 MB | 4.0 s |\n"
     )
 
 

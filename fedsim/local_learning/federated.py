@@ -171,7 +171,7 @@ class Local:
     def method_number(self) -> int:
         """0: back-propagation, 1: the method of `[local]`, 2 ...: its fallbacks."""
         name = self._now.method
-        return 1 + self.methods.index(name) if name in self.methods else 0
+        return 0 if name == "bp" else 1 + self.methods.index(name)
 
     def end(self) -> None:
         """Put what the client shares of its auxiliary parameters into the store."""

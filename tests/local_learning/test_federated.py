@@ -193,6 +193,24 @@ def test_every_engine_gives_the_same(local: dict[str, Any], tmp_path: Path) -> N
     assert other.get("digest_personal") == serial.get("digest_personal")
 
 
+def test_back_propagation_is_measured_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Bit for bit the plain run, with its bytes and seconds a step in metrics and summary."""
+    plain, measured, local = (
+        run(tiny("rounds=2", f"name={name}", model=MODEL, local=keys), tmp_path)
+        for name, keys in (
+            ("plain", {"name": "bp"}),
+            ("measured", {"name": "bp", "blocks": 1}),
+            ("local", {"name": "greedy", "blocks": 3}),
+        )
+    )
+    assert measured.summary["digest"] == plain.summary["digest"] != local.summary["digest"]
+    assert "peak_bytes" not in plain.summary
+    assert 0 < local.summary["peak_bytes"] != measured.summary["peak_bytes"] > 0
+    assert measured.summary["step_seconds"] > 0
+    assert {row["method"] for row in _lines(measured.run.folder / "clients.jsonl") if "method" in row} == {0}
+    assert {row["method"] for row in _lines(local.run.folder / "clients.jsonl") if "method" in row} == {1}
+
+
 # ---------------------------------------------------------------------------------------- budgets
 
 
