@@ -6,10 +6,10 @@ worker can be replaced at any moment and its block replayed.
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import pickle
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -27,9 +27,6 @@ from fedsim.engine.folding import Fold, Folder, Left
 from fedsim.engine.grid import answer, is_empty, seed_everything
 from fedsim.engine.line import Door, HungUp
 from fedsim.sums import WeightedSum
-
-#: a hanging client is ended after its timeout and at most this share of it more
-_SLACK = 0.05
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,6 @@ class Worker:
 
     def __init__(self) -> None:
         self._born = time.time()
-        self._armed = 0.0
         self._send = -1
         self._templates: dict[int, objects.Template] = {}
         self._small: dict[int, objects.Parcel] = {}
@@ -148,6 +144,7 @@ class Worker:
             os.chdir(setup.folder)
         # the driver's order: Ray puts the current folder before PYTHONPATH, where it would win
         sys.path[:] = [*setup.path, *(entry for entry in sys.path if entry not in setup.path)]
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self.setup = setup
         if setup.torch:
             import torch
@@ -194,8 +191,7 @@ class Worker:
                 report.left.append(folder.add(item.position, reply))
             else:
                 report.replies.append((item.position, reply))
-        self._armed = 0.0
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if folder is not None:
             report.total = folder.tree.total()
         return report
@@ -211,24 +207,14 @@ class Worker:
 
     def _answer(self, item: Item, message: Message, state: RecordDict | None) -> tuple[Message, RecordDict]:
         setup = self.setup
-        self._watch(setup.timeout)
+        # a client that hangs ends this process, even where it holds the GIL: the signal has no handler
+        signal.setitimer(signal.ITIMER_REAL, setup.timeout)
         torch = sys.modules.get("torch")
         if torch is not None and torch.get_num_threads() != setup.threads:
             torch.set_num_threads(setup.threads)
         seed_everything(item.seed)
         with limited(setup.memory):
             return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config)
-
-    def _watch(self, timeout: float) -> None:
-        """End this process if the client that starts now hangs.
-
-        The watchdog is a thread that needs no GIL; arming it costs more than a fast client, so it is
-        armed again only when the slack is used up.
-        """
-        now = time.monotonic()
-        if now - self._armed > _SLACK * timeout:
-            self._armed = now
-            faulthandler.dump_traceback_later((1 + _SLACK) * timeout, exit=True)
 
 
 @contextmanager
