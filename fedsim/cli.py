@@ -442,16 +442,23 @@ def _show_sweep(session: Session, found: Sweep, results: list[dict[str, Any]]) -
     rows = rows_of(results)
     columns = columns_of(rows)
     keys = {key for cell in found.cells for key in cell.keys}
+    alike = {k for k in columns if k in keys and len({row.get(k) for row in rows}) == 1 < len(rows)}
     table = grid()
     table.show_header, table.header_style = True, "dim"
-    for column in columns:
+    shown = [column for column in columns if column not in alike]
+    for column in shown:
         if column in keys:  # `tuning.name` -> `tuning`, `client.lr` -> `lr`: 80 columns are few
-            table.add_column(column.removesuffix(".name").rpartition(".")[2], overflow="fold")
+            table.add_column(column.removesuffix(".name").rpartition(".")[2], no_wrap=True)
         else:
             table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row.get(column, "") for column in columns))
-    session.console.print()
-    session.console.print(table, highlight=False)
-    session.console.print()
+        table.add_row(*(row.get(column, "") for column in shown))
+    console = session.console
+    console.print()
+    if alike:
+        console.print(*(f"{k}={rows[0][k]}" for k in columns if k in alike), highlight=False, markup=False)
+    wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    # a line that is folded by the terminal says more than a column that is cut off
+    console.print(table, highlight=False, width=max(wide, console.width), crop=False, soft_wrap=True)
+    console.print()
     session.facts({"sweep": str(found.folder), "table": str(found.folder / "table.md")})

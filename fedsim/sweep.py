@@ -30,6 +30,7 @@ from typing import Any
 from fedsim import config
 from fedsim.compare import differing
 from fedsim.config import Experiment
+from fedsim.data import needs
 from fedsim.errors import UserError
 from fedsim.files import write_atomic
 from fedsim.finish import run_experiment
@@ -234,6 +235,9 @@ class Sweep:
 
         Returns:
             One result per cell.
+
+        Raises:
+            UserError: data or weights that a cell reads are missing; the message names all of them.
         """
         results: dict[int, Result] = {}
 
@@ -245,6 +249,8 @@ class Sweep:
         with Run(self.folder).lock():
             todo = []
             wanted = chosen(only or {}, self.cells)
+            left = [self.cells[number] for number in wanted if self._finished(self.cells[number]) is None]
+            needs.require((cell.experiment for cell in left), ["data", "model"])
             for number, cell in enumerate(self.cells):
                 found = self._finished(cell)
                 if found is not None:
@@ -306,13 +312,14 @@ class Sweep:
         text = json.dumps(document, indent=2) + "\n"
         if record.is_file():
             changed = differing([json.loads(record.read_text("utf-8")), json.loads(text)])
-            if changed:
+            if changed and any(self.folder.glob("cells/*")):
                 keys = ", ".join(key.removeprefix("experiment.") for key in changed)
                 raise UserError(
                     f"{self.folder} holds another sweep (different: {keys}); give this one its own --name"
                 )
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+            if not changed:
+                return
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no sweep; give --name")
         write_atomic(record, text.encode())
 

@@ -324,7 +324,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     Raises:
         UserError: anything in the experiment that does not fit together.
     """
-    needs.require(experiment, ["data", "model"] if own is None else ["model"])
+    needs.require([experiment], ["data", "model"] if own is None else ["model"])
     data = _forgetting(experiment, own)
     augmentation.check(experiment, data.info.sample_shape)
     where = compute.resolve(**experiment.settings["compute"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from clients.training import back_propagation
 from fedsim import task as tasks
 from fedsim.compute import Compute, resolve
 from fedsim.errors import UserError
+from fedsim.models.base import set_train_mode
+from fedsim.optimizers import make_optimizer
 from tests.engine.test_serial import ask, query_app
 from tests.helpers import run, tiny
 
@@ -73,18 +76,33 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_error() -> None:
         resolve("cuda", "bf16", deterministic=True)
 
 
-def test_a_model_on_another_device_computes_there() -> None:
+@pytest.mark.parametrize(
+    ("model", "tuning", "optimizer"),
+    [
+        ({"name": "mlp"}, "full", "sgd"),
+        ({"name": "resnet20"}, "full", "sgd"),
+        ({"name": "tiny-clip"}, "vpt-deep", "adamw"),
+        # gpu_check.toml's own, with random weights
+        ({"name": "timm:vit_small_patch14_dinov2", "image_size": 112}, "bias", "adamw"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else value,
+)
+def test_a_model_on_another_device_computes_there(model: Any, tuning: str, optimizer: str) -> None:
     """A whole batch on `meta`: nothing inside loss, backward or optimiser step touches the CPU."""
-    task = tasks.build(tiny())
+    task = tasks.build(tiny(f"tuning.name={tuning}", "features.cache=false", model=model))
     task.compute = Compute(torch.device("meta"))
     task.model.to("meta")
-    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9)
+    set_train_mode(task.model, training=True)
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    tool = make_optimizer(trained, optimizer, lr=0.1, momentum=0.9)
     inputs, labels = task.train_batch(np.arange(8))
     assert inputs.is_meta
     assert labels.is_meta
     loss = back_propagation(task, inputs, labels)
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    tool.step()
     assert loss.is_meta
+    assert all(p.grad is not None and p.grad.is_meta for p in trained)
 
 
 def test_out_of_memory_empties_the_cache_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

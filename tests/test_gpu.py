@@ -18,7 +18,7 @@ from tests.helpers import run, tiny
 
 pytestmark = pytest.mark.gpu
 
-#: (model section, tuning) pairs that cover convolution, attention, BatchNorm and a text classifier
+#: (model section, tuning) pairs that cover convolution, attention and BatchNorm
 PAIRS = [
     ("mlp", "full"),
     ("resnet20", "full"),

@@ -145,9 +145,27 @@ def test_another_sweep_of_the_same_name_is_refused(
     base: list[str], grid: dict[str, list[int]], said: str, tmp_path: Path
 ) -> None:
     Sweep(tmp_path / "s", tiny(), GRID)
-    Sweep(tmp_path / "s", tiny(), GRID)
+    sweep = Sweep(tmp_path / "s", tiny(), GRID)
+    Run.create(sweep.cells[0].experiment, tmp_path / "s" / "cells")
     with pytest.raises(UserError, match=f"holds another sweep.*{said}.*--name"):
         Sweep(tmp_path / "s", tiny(*base), grid)
+
+
+def test_missing_assets_are_said_once_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all cells that are left; a folder without runs may then belong to another sweep."""
+    monkeypatch.setenv("FEDSIM_ASSETS", str(tmp_path / "none"))
+    sweep = Sweep(tmp_path / "s", tiny(), {"data.name": ["digits", "fashion-mnist"], "seed": [0, 1]})
+    with pytest.raises(
+        UserError, match=r"^asset 'fashion-mnist' is not on this machine: fedsim assets fetch"
+    ):
+        sweep.run(silent)
+    assert not (tmp_path / "s" / "cells").exists()
+    other = Sweep(tmp_path / "s", tiny("rounds=1"), {"seed": [0]})
+    assert len(other.run(silent, only={"seed": [0]})) == 1
+    with pytest.raises(UserError, match="holds another sweep"):
+        Sweep(tmp_path / "s", tiny("rounds=2"), {"seed": [0]})
 
 
 def test_a_run_folder_is_no_sweep(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -21,14 +21,15 @@ def needs(*names: str) -> Callable[[_Function], _Function]:
     return mark
 
 
-def require(experiment: Experiment, sections: Iterable[str]) -> None:
+def require(experiments: Iterable[Experiment], sections: Sequence[str]) -> None:
     """Check that all assets of some sections are on this machine, before the first is read.
 
     Raises:
         UserError: names all that are missing, and the one command that fetches them.
     """
-    wanted = [name for section in sections for name in getattr(experiment.function(section), "assets", ())]
+    functions = (experiment.function(section) for experiment in experiments for section in sections)
+    wanted = dict.fromkeys(name for function in functions for name in getattr(function, "assets", ()))
     if wanted:
         from fedsim.data import assets
 
-        assets.paths(*dict.fromkeys(wanted))
+        assets.paths(*wanted)
