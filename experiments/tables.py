@@ -14,7 +14,8 @@ A table stands between a comment that describes it and `<!-- end -->`:
 was 0.6 for the first time (mean over seeds; "never" if one seed did not get there). An underscore in `value`
 and `show` stands for a blank.
 
-A JSON file is the `results.json` of a sweep, or what `experiments/forgetting.py` or `fedsim bench` wrote.
+A JSON file is the `results.json` of a sweep, or what `forgetting.py`, `bench/features.py` or `fedsim bench`
+wrote.
 Keys that a table of a sweep leaves out must not tell its rows apart.
 """
 
@@ -55,6 +56,8 @@ def made(results: Results, words: list[str]) -> str:
         return rules(results)
     if "workload" in results[0]:
         return benchmark(results)
+    if "setting" in results[0]:
+        return cached_features(results)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     known = ("keys", "rows", "columns", "value", "show")
     shape = {key: given.pop(key).split(",") for key in known if key in given}
@@ -77,6 +80,31 @@ def benchmark(results: Results) -> str:
             for r in row["ratios"]
         ]
         lines.append([row["workload"], "<br>".join(seconds), "<br>".join(ratios)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cached_features(results: Results) -> str:
+    """Seconds a round without and with the cache of features, and what the cache costs once."""
+    heads = [
+        "setting",
+        "round, off",
+        "on",
+        "ratio",
+        "training, off",
+        "on",
+        "ratio",
+        "once",
+        "accuracy, off",
+        "on",
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for row in results:
+        whole = [row[key][0] for key in ("off", "on")]
+        line = [row["setting"]]
+        for off, on in (whole, [row[f"training_{key}"] for key in ("off", "on")]):
+            line += [f"{off:.3g} s", f"{on:.3g} s", f"{off / on:.3g}"]
+        line.append(f"{row['once'][0]:.3g} s, {row['megabytes']:.0f} MB")
+        lines.append([*line, *(f"{row[key]:.4f}" for key in ("accuracy_off", "accuracy_on"))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -3,42 +3,56 @@
     fedsim assets fetch cifar10 efficientnet-lite0 minilm vit-small
     python experiments/bench/features.py
 
-Every setting is `fedtune_bias_cifar10.toml` with another model and tuning, run twice in this process: with
-the cache off, then on. A round is training, evaluation as the file configures it (every second round),
-checkpoint, run folder; round 0 does not count. Times are CPU seconds of this process, which other load on the
-machine hardly distorts, and in brackets seconds of the clock. The tables of the cache are made before, in
-an empty folder; what they cost once stands in a column of its own. About 5 minutes of one core.
+Every setting is an experiment run twice in this process: with the cache off, then on. PromptFL without the
+cache also runs its text tower on captions of full length (32 tokens), as it would without shortcuts. A round
+is training, evaluation as the experiment configures it, checkpoint, run folder; round 0 does not count.
+Times are CPU seconds of this process, which other load on the machine hardly distorts (of rounds, seconds of
+the clock, too). The tables of the cache are made before, in an empty folder; what they cost once is a figure
+of its own. About ten minutes of one core. Everything goes to experiments/results/bench_features.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clients import training as loop
 from fedsim import config, task
 from fedsim.data import assets
+from fedsim.files import write_atomic
 from fedsim.finish import Result, run_experiment
 from fedsim.hooks import Hook, Round
+from fedsim.models import prompt
+from fedsim.models.text_towers import TextTower
 from fedsim.runs import Run
+
+OUT = Path(__file__).resolve().parent.parent / "results" / "bench_features.json"
 
 Times = NDArray[np.float64]
 
-FILE = Path(__file__).parents[1] / "fedtune_bias_cifar10.toml"
+BIAS, PROMPT = "fedtune_bias_cifar10", "promptfl_cifar10"
+#: name -> experiment and overrides
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "clip-lite 128 px, head": ("tuning.name=head", "rounds=2"),
+    "clip-lite 160 px, 8 prompt tokens": (PROMPT, "rounds=2", "evaluation.every=1"),
+    "clip-lite 128 px, head": (BIAS, "tuning.name=head", "rounds=2"),
     "clip-lite 64 px, partial": (
+        BIAS,
         "tuning.name=partial",
         "model.image_size=64",
         "data.test_samples=500",
         "rounds=2",
     ),
     "vit-small 56 px, partial": (
+        BIAS,
         "model.name=vit-small",
         "model.image_size=56",
         "tuning.name=partial",
@@ -69,41 +83,74 @@ class Clock(Hook):
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
-def measured(overrides: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Seconds of a round without and with the cache, what it costs once, and what both runs gave."""
+@contextmanager
+def full_length(*, wanted: bool) -> Iterator[None]:
+    """Inside, prompts are not cut to the length of the longest."""
+    read = prompt.text_tower
+
+    def long_tower(*arguments: Any, **options: Any) -> TextTower:
+        tower = read(*arguments, **options)
+        tower.can_shorten = False
+        return tower
+
+    if wanted:
+        prompt.text_tower = long_tower
+    try:
+        yield
+    finally:
+        prompt.text_tower = read
+
+
+@contextmanager
+def training_time() -> Iterator[list[float]]:
+    """Inside, the list gets the CPU seconds that every client trains."""
+    found: list[float] = []
+    fit = loop.fit
+
+    def timed(*arguments: Any, **options: Any) -> dict[str, Any]:
+        began = time.process_time()
+        metrics = fit(*arguments, **options)
+        found.append(time.process_time() - began)
+        return metrics
+
+    loop.fit = timed
+    try:
+        yield found
+    finally:
+        loop.fit = fit
+
+
+def measured(file: str, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+    """CPU and clock seconds of a round without and with the cache, what it costs once, both accuracies."""
     found: dict[str, Any] = {}
     for cache in (False, True):
-        text = config.load(FILE, [*overrides, f"features.cache={str(cache).lower()}"])
+        experiment = config.load(file, [*overrides, f"features.cache={str(cache).lower()}"])
         task.cached.cache_clear()
-        if cache:
-            made = task.build(text)
-            began = now()
-            inputs = (made.train_inputs, made.test_inputs)
-            found["once"] = now() - began
-            found["megabytes"] = sum(part.values.nbytes for part in inputs) / 1e6
-        clock = Clock()
-        result: Result = run_experiment(text, Run.create(text, folder), [clock])
-        found[f"seconds {cache}"], found[f"accuracy {cache}"] = clock.seconds, result.accuracy
+        with full_length(wanted=not cache), training_time() as training:
+            if cache:
+                made = task.build(experiment)
+                began = now()
+                inputs = (made.train_inputs, made.test_inputs)
+                found["once"] = (now() - began).tolist()
+                found["megabytes"] = sum(part.values.nbytes for part in inputs) / 1e6
+            clock = Clock()
+            result: Result = run_experiment(experiment, Run.create(experiment, folder), [clock])
+        name = "on" if cache else "off"
+        found[name], found[f"accuracy_{name}"] = clock.seconds.tolist(), result.accuracy
+        found[f"training_{name}"] = sum(training) / result.summary["rounds"]
     return found
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and write."""
     os.environ["FEDSIM_ASSETS"] = str(assets.assets_folder())
-    print("| setting | s per round, off | on | ratio | once, s | MB | accuracy off | on |")
-    print("|---|---|---|---|---|---|---|---|")
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FEDSIM_CACHE"] = folder
-        for name, overrides in SETTINGS.items():
-            m = measured(overrides, Path(folder))
-            off, on = m["seconds False"], m["seconds True"]
-            cells = [
-                name,
-                *("{:.3g} ({:.3g})".format(*pair) for pair in (off, on, off / on, m["once"])),
-                f"{m['megabytes']:.0f}",
-                *(f"{m[f'accuracy {cache}']:.4f}" for cache in (False, True)),
-            ]
-            print("|", " | ".join(cells), "|", flush=True)
+        for name, (file, *overrides) in SETTINGS.items():
+            found.append({"setting": name, **measured(file, overrides, Path(folder))})
+            print(json.dumps(found[-1]), flush=True)
+    write_atomic(OUT, (json.dumps(found, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

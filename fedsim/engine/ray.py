@@ -71,7 +71,8 @@ class RayGrid(BaseGrid):
         threads: torch threads of a worker; results are bit-equal only for equal threads.
         address: of an existing Ray cluster (`auto` finds the one of this machine; default: an own one).
         gpu_fraction: share of one GPU that a worker gets; 0 runs clients on the CPU.
-        timeout: seconds that one client may take for one message before it counts as hanging.
+        timeout: seconds that one client may take for one message before it counts as hanging (its worker is
+            then ended by SIGALRM, which clients must leave alone).
         memory: GiB that one client may allocate beyond an idle worker's (default: no limit).
     """
 
