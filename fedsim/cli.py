@@ -399,11 +399,16 @@ def _run_app(folder: Path, clients: int | None, overrides: list[str]) -> int:
 
 
 def _next_command(finished: Run, experiment: Experiment, file: str | None) -> str:
-    """Compare with the newest other finished run, or else change one key."""
+    """Compare with the newest other finished run on the same data, or else change one key."""
+    from fedsim import config
     from fedsim.runs import Run
 
+    def alike(path: Path) -> bool:
+        written = config.read(path / "experiment.toml")
+        return bool(written.get("data", {}).get("name") == experiment["data"].name)
+
     siblings = [path for path in finished.folder.parent.iterdir() if path != finished.folder]
-    others = [path for path in siblings if Run(path).finished]
+    others = [path for path in siblings if Run(path).finished and alike(path)]
     if others:
         newest = max(others, key=lambda path: (path / "summary.json").stat().st_mtime)
         return f"fedsim compare {newest} {finished.folder}"

@@ -242,7 +242,8 @@ def from_tables(
             raise UserError(f"{place}: unknown key or section '{key}': {nearest(key, known)}")
     for key in (*NAMED, *settings.SETTINGS):
         if not isinstance(tables.setdefault(key, {}), dict):
-            raise UserError(f"{source}: '{key}' must be a section: [{key}]")
+            hint = f"set {key}.name" if key in NAMED else f"it is written [{key}]"
+            raise UserError(f"{source.of(key)}: '{key}' is a section: {hint}")
     tables["strategy"].setdefault("name", settings.DEFAULT_NAMES["strategy"])
     _fill_strategy_defaults(tables, source)
     sections = {name: _named_section(name, tables[name], source) for name in NAMED}
@@ -298,7 +299,7 @@ def _named_section(section: str, values: Mapping[str, Any], source: _Source) -> 
     for key in keys:
         if key not in known:
             place = source.of(section, key)
-            raise UserError(f"{place}: unknown key '{key}' in [{where}): {nearest(key, known)}")
+            raise UserError(f"{place}: unknown key '{key}' in [{where}): {nearest(key, known | {'name'})}")
     options = _check(registry.schema(resolved.target), {**keys, **resolved.fixed}, source, section)
     for key in resolved.fixed:
         options.pop(key)

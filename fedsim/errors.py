@@ -21,10 +21,11 @@ class NotEnoughReplies(UserError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`"did you mean 'x'?"` for the closest known word, else the list of known words."""
+    """`"did you mean 'x'?"` for the closest known word (of any case), else the list of known words."""
     names = sorted(known)
-    close = get_close_matches(word, names, n=1, cutoff=0.5)
+    plain = {name.lower(): name for name in names}
+    close = get_close_matches(word.lower(), plain, n=1, cutoff=0.5)
     if close:
-        return f"did you mean '{close[0]}'?"
+        return f"did you mean '{plain[close[0]]}'?"
     shown = ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
     return f"known: {shown}" if names else "nothing is known here"

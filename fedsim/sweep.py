@@ -31,7 +31,7 @@ from fedsim import config
 from fedsim.compare import differing
 from fedsim.config import Experiment
 from fedsim.data import needs
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest
 from fedsim.files import write_atomic
 from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
@@ -92,8 +92,15 @@ def chosen(only: Mapping[str, Sequence[Any]], cells: Sequence[Cell]) -> set[int]
         if all(cell.keys.get(key) in values for key, values in only.items())
     }
     if not found:
-        keys = ", ".join(dict.fromkeys(key for cell in cells for key in cell.keys))
-        raise UserError(f"--only: no cell is {_words(only)}; cells differ in {keys}")
+        keys = dict.fromkeys(key for cell in cells for key in cell.keys)
+        for key, values in only.items():
+            if key not in keys:
+                raise UserError(f"--only {key}: cells of this sweep do not set it: {nearest(key, keys)}")
+            there = dict.fromkeys(plain(cell.keys[key]) for cell in cells if key in cell.keys)
+            if not any(plain(value) in there for value in values):
+                asked = f"{key}={','.join(map(plain, values))}"
+                raise UserError(f"--only {asked}: no cell has that: {nearest(plain(values[0]), there)}")
+        raise UserError(f"--only: no cell is {_words(only)} at once")
     return found
 
 

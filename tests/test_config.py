@@ -35,6 +35,9 @@ def test_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("strategy.name=fedtun", "did you mean 'fedtune'"),
         ("data.name=digit", "did you mean 'digits'"),
         ("tuning.name=biases", "did you mean 'bias'"),
+        ("tuning.name=BIAS", "did you mean 'bias'"),
+        ("tuning=bias", "--set tuning=bias: 'tuning' is a section: set tuning.name"),
+        ("tuning.nam=bias", "did you mean 'name'"),
         ("model.name=resnet99", r"\[model\] unknown name 'resnet99'"),
         ("partition.alpha=0.0", r"alpha: input should be greater than 0 \(got 0\.0\)"),
         ("partition.alpha=-1.0", "greater than 0"),
@@ -70,7 +73,7 @@ def test_file_mistakes_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.toml: unknown key 'learning_rate'"):
         config.load(path)
     path.write_text("client = 3\n")
-    with pytest.raises(UserError, match=r"'client' must be a section"):
+    with pytest.raises(UserError, match=r"'client' is a section: set client"):
         config.load(path)
 
 

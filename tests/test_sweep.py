@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,10 +253,16 @@ def test_an_override_that_cells_hide_is_refused() -> None:
 def test_only_some_cells_are_run_and_the_others_later(tmp_path: Path) -> None:
     base = tiny("rounds=1", model={"name": "tiny-clip"})
     found = Sweep(tmp_path / "s", base, TABLES)
-    with pytest.raises(
-        UserError, match=r"--only: no cell is tuning\.name=full; cells differ in tuning\.name, cl"
+    for only, said in (
+        ({"tuning.name": ["full"]}, "--only tuning.name=full: no cell has that: known: bias, head"),
+        ({"tunin.name": ["bias"]}, "--only tunin.name: cells of this sweep do not set it: did you mean"),
+        (
+            {"client.lr": [0.01], "tuning.name": ["head"]},
+            "--only: no cell is client.lr=0.01 tuning.name=head",
+        ),
     ):
-        found.run(silent, only={"tuning.name": ["full"]})
+        with pytest.raises(UserError, match=re.escape(said)):
+            found.run(silent, only=only)
     first = found.run(silent, only={"tuning.name": ["bias"], "seed": [1]})
     assert [r["cell"] for r in first] == [{"tuning.name": "bias", "client.lr": 0.01, "seed": 1}]
     second = found.run(silent, only={"seed": [1]})
