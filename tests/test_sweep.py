@@ -255,7 +255,7 @@ def test_only_some_cells_are_run_and_the_others_later(tmp_path: Path) -> None:
     found = Sweep(tmp_path / "s", base, TABLES)
     for only, said in (
         ({"tuning.name": ["full"]}, "--only tuning.name=full: no cell has that: known: bias, head"),
-        ({"tunin.name": ["bias"]}, "--only tunin.name: cells of this sweep do not set it: did you mean"),
+        ({"tunin.name": ["bias"]}, "--only tunin.name: cells of this sweep do not set it: did"),
         (
             {"client.lr": [0.01], "tuning.name": ["head"]},
             "--only: no cell is client.lr=0.01 tuning.name=head",
