@@ -64,6 +64,8 @@ class WeightedAverage(Strategy):
     transient: ClassVar[tuple[str, ...]] = ("_round",)
     #: sections of the experiment file this strategy brings along; the file's own keys win
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: of these sections the name in `defaults` is part of the method: the file's may not be another one
+    tied: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -269,6 +269,13 @@ def _fill_strategy_defaults(tables: dict[str, Any], source: _Source) -> None:
     for section, values in getattr(chosen.target, "defaults", {}).items():
         mine = tables[section]
         if "name" in values and mine.get("name", values["name"]) != values["name"]:
+            if section in getattr(chosen.target, "tied", ()) and ":" not in str(mine["name"]):
+                place = source.given.get(f"{section}.name") or source.of("strategy", "name")
+                raise UserError(
+                    f"{place}: strategy '{chosen.name}' is a method for [{section}] name = "
+                    f'"{values["name"]}", not "{mine["name"]}"; set {section}.name={values["name"]}, or '
+                    "another strategy"
+                )
             continue
         tables[section] = {**values, **mine}
     for section, name in settings.DEFAULT_NAMES.items():

@@ -17,6 +17,7 @@ from fedsim.averaging import WeightedAverage
 class FedCLIP(WeightedAverage):
     """Average a learned gate on the image features of a CLIP (FedCLIP, arXiv 2302.13485)."""
 
+    tied = ("tuning",)
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "tuning": {"name": "clip-adapter"},
         "client": {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.2, "batch_size": 32},

@@ -16,6 +16,7 @@ from fedsim.averaging import WeightedAverage
 class FedPGP(WeightedAverage):
     """Average a prompt, its low-rank change is the client's own (FedPGP, arXiv 2405.09771)."""
 
+    tied = ("tuning",)
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "tuning": {"name": "prompt-low-rank"},
         "payload": {"personal": ["head.left", "head.right"]},

@@ -19,4 +19,5 @@ from fedsim.averaging import WeightedAverage
 class PromptFL(WeightedAverage):
     """Average the learned context of a CLIP's captions (PromptFL, arXiv 2208.11625)."""
 
+    tied = ("tuning",)
     defaults: ClassVar[dict[str, dict[str, Any]]] = {"tuning": {"name": "prompt"}}

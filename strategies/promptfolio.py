@@ -17,6 +17,7 @@ from fedsim.averaging import WeightedAverage
 class PromptFolio(WeightedAverage):
     """Average one prompt of two, the other is the client's own (PromptFolio, arXiv 2409.19610)."""
 
+    tied = ("tuning",)
     defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "tuning": {"name": "prompt-folio"},
         "payload": {"personal": ["head.own"]},

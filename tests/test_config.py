@@ -47,6 +47,10 @@ def test_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ('client.lr="fast"', "lr: input should be a valid number"),
         ("client.optimizer=sdg", "optimizer: input should be 'sgd' or 'adamw'"),
         ("client.epochs=true", "epochs: input should be"),
+        (
+            "strategy.name=promptfl",
+            r'promptfl\' is a method for \[tuning\] name = "prompt", not "bias"; set tuning',
+        ),
         ("sedd=3", "unknown key or section 'sedd': did you mean 'seed'"),
         ("evaluation.evry=3", r"unknown key 'evry' in \[evaluation\]: did you mean 'every'"),
         ("name=a/b", "must begin with a letter or digit"),

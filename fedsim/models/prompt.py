@@ -253,6 +253,15 @@ def lay_out(side: TextSide, count: int | None, position: Position) -> Layout:
         _follow(side, form, filler, f" {name}") if follows else content(side.tokenize, form, name)
         for name in map(spoken, side.classes)
     ]
+    read: dict[tuple[int, ...], str] = {}
+    for name, words in zip(map(spoken, side.classes), names, strict=True):
+        other = read.get(tuple(words))
+        if other is not None:
+            raise UserError(
+                f"tuning 'prompt' cannot tell the classes '{other}' and '{name}' apart: the text tower reads "
+                "the same in both; rename one"
+            )
+        read[tuple(words)] = name
     around = len(form.start) + len(rest) + form.ending
     longest = max(range(len(names)), key=lambda row: len(names[row]))
     free = limit - around - len(names[longest])
@@ -261,7 +270,7 @@ def lay_out(side: TextSide, count: int | None, position: Position) -> Layout:
         raise UserError(
             f"the prompt of class '{spoken(side.classes[longest])}' with {max(count, 1)} context vectors has "
             f"{limit - free + max(count, 1)} tokens, the text tower takes at most {limit}; "
-            f"set [tuning] tokens to at most {free}"
+            + (f"set [tuning] tokens to at most {free}" if free > 0 else "shorten the name")
         )
     before = {"end": count, "middle": count // 2, "front": 0}[position]
     rows, slots = [], []

@@ -303,6 +303,12 @@ def test_bad_input(tmp_path: Path) -> None:
         prompt(native("cat", "dog", "cat"))
     with pytest.raises(UserError, match="'big dog' occurs 2 times"):
         prompt(native("big_dog", "big dog"))
+    with pytest.raises(
+        UserError, match="classes 'big dog' and 'Big  dog' apart: the text tower reads the same"
+    ):
+        prompt(native("big dog", "cat", "Big  dog"))
+    with pytest.raises(UserError, match=r"'big big.*takes at most 20; shorten the name"):
+        prompt(native("big " * 17, "cat"))
     with pytest.raises(UserError, match="class 1 has no name"):
         prompt(native("cat", " "))
     with pytest.raises(UserError, match=r'only numbered; name them .* array "classes"'):
