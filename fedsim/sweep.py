@@ -256,10 +256,10 @@ class Sweep:
         with Run(self.folder).lock():
             todo = []
             wanted = chosen(only or {}, self.cells)
-            left = [self.cells[number] for number in wanted if self._finished(self.cells[number]) is None]
-            needs.require((cell.experiment for cell in left), ["data", "model"])
-            for number, cell in enumerate(self.cells):
-                found = self._finished(cell)
+            ended = [self._finished(cell) for cell in self.cells]
+            left = [self.cells[number].experiment for number in wanted if ended[number] is None]
+            needs.require(left, ["data", "model"])
+            for number, (cell, found) in enumerate(zip(self.cells, ended, strict=True)):
                 if found is not None:
                     done(number, found)
                 elif number not in wanted:

@@ -144,20 +144,21 @@ class _Dispatch:
 
     def run(self) -> None:
         """Until everything is answered, or the deadline."""
-        event: Event[Job] | None = None
-        while self.jobs or self.replays or self.pool.busy or event is not None:
-            while self._hand_out():
-                pass
-            if event is not None:  # now that nobody is idle
-                self._take(event)
-                event = None
-                continue
+        while self.jobs or self.replays or self.pool.busy:
+            self._hand_out_all()
             if self.replays and not self.jobs:
                 self.pool.freshen()
             left = None if self.deadline is None else self.deadline - time.monotonic()
             if left is not None and left <= 0:
                 return
             event = self.pool.wait(left)
+            if event is not None:
+                self._hand_out_all()  # nobody waits while a report is looked at
+                self._take(event)
+
+    def _hand_out_all(self) -> None:
+        while self._hand_out():
+            pass
 
     def _hand_out(self) -> bool:
         """Give every open worker one more job; False when there is nothing to give or nobody to take it."""
