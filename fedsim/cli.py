@@ -404,7 +404,10 @@ def _next_command(finished: Run, experiment: Experiment, file: str | None) -> st
     from fedsim.runs import Run
 
     def alike(path: Path) -> bool:
-        written = config.read(path / "experiment.toml")
+        try:
+            written = config.read(path / "experiment.toml")
+        except (OSError, UserError):  # what lies beside a good run must not spoil its end
+            return False
         return bool(written.get("data", {}).get("name") == experiment["data"].name)
 
     siblings = [path for path in finished.folder.parent.iterdir() if path != finished.folder]

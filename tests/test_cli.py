@@ -135,6 +135,17 @@ def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim
         assert part in result.stderr
 
 
+def test_a_damaged_run_beside_a_new_one_does_not_spoil_its_end(fedsim: Invoke, file: Path) -> None:
+    for name in ("cut-off", "bare"):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+    Path("runs/cut-off/experiment.toml").write_text("[data")
+    result = fedsim("run", file)
+    assert result.exit_code == 0, result.output
+    assert "fedsim compare" not in result.output
+
+
 def test_version_names_the_code(fedsim: Invoke) -> None:
     result = fedsim("--version")
     assert result.exit_code == 0
