@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Weighting = Literal["examples", "uniform"]
 
-_PIECE = 2**15  #: values that are scaled and added at a time
+_PIECE = 2**15  #: values that are worked on at a time
 
 
 class Leaf(NamedTuple):
@@ -107,16 +107,16 @@ class WeightedSum:
         """
         old = old or {}
         return {
-            name: self.largest[name] if name in self.largest else self._mean(name, old).astype(dtype)
+            name: self.largest[name] if name in self.largest else self._mean(name, dtype, old)
             for name, dtype in dtypes.items()
         }
 
-    def _mean(self, name: str, old: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    def _mean(self, name: str, dtype: str, old: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         total = self.arrays[name]
         if name not in self.rows:
-            return np.asarray(total / self.weight)
+            return _quotient(total, self.weight, dtype)
         weights = _per_row(self.rows[name], total)
-        return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name])
+        return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name]).astype(dtype)
 
 
 def _scaled_sum(name: str, left: Leaf, right: Leaf) -> NDArray[Any]:
@@ -126,11 +126,23 @@ def _scaled_sum(name: str, left: Leaf, right: Leaf) -> NDArray[Any]:
     scaled = np.empty(min(_PIECE, len(one)), np.float64)
     for start in range(0, len(one), _PIECE):
         out = total[start : start + _PIECE]
-        np.multiply(one[start : start + _PIECE], left.weight, out=out, dtype=np.float64)
-        out += np.multiply(
-            two[start : start + _PIECE], right.weight, out=scaled[: len(out)], dtype=np.float64
-        )
+        more = scaled[: len(out)]
+        # cast, then multiply in place: several times as fast as a multiplication that casts
+        np.copyto(out, one[start : start + _PIECE])
+        out *= left.weight
+        np.copyto(more, two[start : start + _PIECE])
+        more *= right.weight
+        out += more
     return total.reshape(left.values[name].shape)
+
+
+def _quotient(total: NDArray[Any], weight: float, dtype: str) -> NDArray[Any]:
+    """`(total / weight).astype(dtype)`, in pieces that stay in a core's cache."""
+    found = np.empty(total.shape, dtype)
+    above, out = total.reshape(-1), found.reshape(-1)
+    for start in range(0, len(above), _PIECE):
+        out[start : start + _PIECE] = above[start : start + _PIECE] / weight
+    return found
 
 
 def _per_row(weights: NDArray[Any], array: NDArray[Any]) -> NDArray[Any]:

@@ -82,6 +82,11 @@ def _nobody(address: str | None) -> UserError:
     )
 
 
+def is_alone() -> bool:
+    """True where Ray has one node, this machine."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]] == [here()]
+
+
 def here() -> str:
     """Id of the node that this process is on."""
     return str(ray.get_runtime_context().get_node_id())

@@ -1,11 +1,12 @@
 """A line of the driver's own to a worker on the same machine: orders and reports go over it without Ray.
 
-    head:   lengths of what follows, int64          (count first)
-    parts:  a pickle, then the buffers that it leaves out, each at a multiple of 64 bytes
+    start:  how many sheets come along, how many bytes follow (0: the message is the last sheet), int64
+    bytes:  a message as `sheet.laid_out` has it
 
-A Ray call takes milliseconds of two busy cores, a line a tenth of one. Ray starts the workers, ends them and
-carries what is worth shared memory. Linux only (`POSSIBLE`): sockets there have names that are no files, and
-say who is at the other end. Who hangs up, or dies, is noticed at once.
+A Ray call takes milliseconds of two busy cores, a line a tenth of one. A large message, and what several
+workers are to have, is a sheet: shared memory, written once and mapped by whoever gets its descriptor. Ray
+starts the workers and ends them. Linux only (`POSSIBLE`): sockets there have names that are no files, and say
+who is at the other end. Who hangs up, or dies, is noticed at once, and sheets end with who holds them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
@@ -23,11 +25,13 @@ from queue import SimpleQueue
 import numpy as np
 
 from fedsim.engine.objects import Packed
+from fedsim.engine.sheet import Sheet, Views, laid_out, taken_apart, write
 
 POSSIBLE = sys.platform == "linux"
+MOST = 64  #: sheets that may come along with a message; the system takes 253
 _CREDENTIALS = struct.Struct("3i")  #: process, user, group
-_ALIGNED = 64
-_PARTS = 512  #: of one call of the system, which takes 1,024
+_START = struct.Struct("2q")  #: sheets, bytes
+_LARGE = 2**20  #: bytes of a message that is a sheet
 
 
 class HungUp(OSError):
@@ -67,45 +71,60 @@ class Line:
         """Hang up."""
         self._end.close()
 
-    def send(self, packed: Packed) -> None:
-        """Send a pickle and its buffers; returns when the system has them.
+    def send(self, packed: Packed, sheets: Sequence[Sheet] = ()) -> None:
+        """Send a pickle and its buffers, and at most MOST sheets; returns when the system has them.
 
         Raises:
             HungUp: nobody takes them.
         """
-        head, buffers = packed
-        parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
-        sizes = np.array([len(parts), *(part.nbytes for part in parts)], np.int64)
-        left = [sizes.data.cast("B")]
-        for part in parts:
-            left += [part, memoryview(bytes(-part.nbytes % _ALIGNED))]
-        left = [part for part in left if part.nbytes]
+        pieces = laid_out(packed)
+        size = sum(piece.nbytes for piece in pieces)
+        if size < _LARGE:
+            self._send([memoryview(_START.pack(len(sheets), size)), *pieces], sheets)
+            return
+        with Sheet.of(packed) as own:
+            self._send([memoryview(_START.pack(len(sheets) + 1, 0))], [*sheets, own])
+
+    def _send(self, pieces: list[memoryview], sheets: Sequence[Sheet]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [one.fileno() for one in sheets]))]
+
+        def some(buffers: list[memoryview]) -> int:
+            sent = self._end.sendmsg(buffers, rights if sheets else ())
+            rights.clear()  # they go with the first byte
+            return sent
+
         try:
-            while left:
-                sent = self._end.sendmsg(left[:_PARTS])
-                gone = 0
-                while gone < len(left) and sent >= left[gone].nbytes:
-                    sent -= left[gone].nbytes
-                    gone += 1
-                left = left[gone:]
-                if sent:
-                    left[0] = left[0][sent:]
+            write(pieces, some)
         except OSError as error:
             raise HungUp(str(error)) from error
 
-    def receive(self) -> tuple[memoryview, list[memoryview]]:
-        """What the other end sends next: a pickle and its buffers, which may be written to.
+    def receive(self) -> tuple[Views, list[Sheet]]:
+        """What the other end sends next: a pickle and its buffers, which may be written to, and the sheets.
 
         Raises:
             HungUp: nothing comes any more.
         """
-        (count,) = self._exactly(8).cast("q")
-        sizes = self._exactly(8 * count).cast("q").tolist()
-        room = [size + -size % _ALIGNED for size in sizes]
-        whole = self._exactly(sum(room))
-        starts = np.concatenate([[0], np.cumsum(room)]).tolist()
-        head, *buffers = (whole[at : at + size] for at, size in zip(starts, sizes, strict=False))
-        return head, buffers
+        start, sheets = self._beginning()
+        count, size = _START.unpack(start)
+        if count != len(sheets):
+            raise HungUp(f"{len(sheets)} of {count} sheets came: too many open files?")
+        if size:
+            return taken_apart(self._exactly(size)), sheets
+        with sheets.pop() as own:
+            try:
+                return own.read(), sheets
+            except OSError as error:
+                raise HungUp(f"{error}: too many open files, or no memory?") from error
+
+    def _beginning(self) -> tuple[bytes, list[Sheet]]:
+        try:
+            found, numbers, _, _ = socket.recv_fds(self._end, _START.size, MOST + 1)
+        except OSError as error:
+            raise HungUp(str(error)) from error
+        sheets = [Sheet(number) for number in numbers]
+        if not found:
+            raise HungUp("the other end hung up")
+        return found + bytes(self._exactly(_START.size - len(found))), sheets
 
     def _exactly(self, size: int) -> memoryview:
         found = np.empty(size, np.uint8).data
@@ -170,24 +189,25 @@ class Door:
         self._listening.bind(self.path)
         self._listening.listen()
 
-    def orders(self) -> Iterator[tuple[Line, tuple[memoryview, list[memoryview]]]]:
+    def orders(self) -> Iterator[tuple[Line, Views, list[Sheet]]]:
         """What comes over the line, with the line to answer on, until the driver hangs up.
 
         A thread takes orders off the line while the caller works, so that neither end ever waits for the
         other to read.
         """
         line = self._opened()
-        waiting: SimpleQueue[tuple[memoryview, list[memoryview]] | None] = SimpleQueue()
+        waiting: SimpleQueue[tuple[Views, list[Sheet]] | None] = SimpleQueue()
 
         def read() -> None:
-            with suppress(HungUp):
+            try:
                 while True:
                     waiting.put(line.receive())
-            waiting.put(None)
+            except HungUp:
+                waiting.put(None)
 
         threading.Thread(target=read, name="orders", daemon=True).start()
         while (order := waiting.get()) is not None:
-            yield line, order
+            yield line, *order
         line.close()
 
     def _opened(self) -> Line:

@@ -3,7 +3,7 @@
 starting ──up──> idle <──report── busy (a call runs, one more waits behind it)
     └────────────── lost ───────────┘      a replacement is started, the calls go back
 
-Calls go over lines of our own, or, to other machines and with what is worth shared memory, through Ray.
+Calls go over lines of our own, or, to workers on other machines, through Ray.
 """
 
 from __future__ import annotations
@@ -132,11 +132,14 @@ class Pool(Generic[Job]):
         """True while calls are under way."""
         return any(slot.calls for slot in self._slots)
 
-    def take_lines(self, *, wanted: bool) -> None:
+    def take_lines(self, *, wanted: bool) -> bool:
         """Call workers over lines, or through Ray, from now on; nobody is busy.
 
         Args:
             wanted: over lines, to workers that are on this machine.
+
+        Returns:
+            Whether it will be over lines.
         """
         self._lines = wanted and self._near
         for slot in self._slots:
@@ -144,15 +147,23 @@ class Pool(Generic[Job]):
                 slot.hang_up()
             elif slot.up and slot.line is None:
                 slot.up, slot.ready = False, self._told(slot.actor.listen.remote())
+        return self._lines
 
     def submit(self, slot: Slot[Job], job: Job, order: Order, parcels: Sequence[Any]) -> None:
-        """Give a worker one more call; of one that is gone `wait` will tell."""
+        """Give a worker one more call; of one that is gone `wait` will tell.
+
+        Args:
+            slot: the worker.
+            job: what the call is for.
+            order: the call.
+            parcels: the order's: sheets where the worker has a line, or else Ray's references.
+        """
         if slot.line is None:
             slot.calls.append((slot.actor.run.remote(pickle.dumps(order, 5), *parcels), job))
             return
         slot.calls.append((None, job))
         with suppress(HungUp):
-            slot.line.send(objects.pack(order))
+            slot.line.send(objects.pack(order), parcels)
 
     # -------------------------------------------------------------------------------- what happens
 
@@ -192,10 +203,11 @@ class Pool(Generic[Job]):
     def _heard(self, slot: Slot[Job]) -> Event[Job]:
         """Something came over a worker's line, if only its end."""
         try:
-            found = objects.unpack(slot.line.receive())  # type: ignore[union-attr]
+            packed, _ = slot.line.receive()  # type: ignore[union-attr]
         except HungUp as error:
             return self._lost(slot, _why_it_ended(slot.serving) or str(error))
         _, job = slot.calls.popleft()
+        found = objects.unpack(packed)
         if isinstance(found, Failed):
             slot.given = Given()  # who knows how far it came
             return Event(job, error=_last_line(found.error))

@@ -1,6 +1,6 @@
 """RayGrid: clients run in warm worker processes, on this machine or on the nodes of a Ray cluster.
 
-    driver   contents ─ one ray.put per distinct array and send ─────────────┐
+    driver   contents ─ one copy per distinct array, send and node ──────────┐
              instructions ─ blocks, the largest first ─> workers ─ reports ─> driver
                                                             └ replies, or their sum where they are folded
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -32,12 +32,14 @@ from fedsim.engine import cluster, objects
 from fedsim.engine.blocks import Block, blocks
 from fedsim.engine.exchange import Exchange
 from fedsim.engine.grid import BaseGrid
+from fedsim.engine.line import MOST
 from fedsim.engine.pool import Event, Given, Pool
+from fedsim.engine.sheet import Sheet
 from fedsim.engine.worker import Item, Order, Setup
 from fedsim.errors import UserError
 from fedsim.ranges import Count, Positive
 
-#: bytes; less is not worth an object in the store: it goes with the first call that a worker gets in a send
+#: bytes; less is not worth shared memory: it goes with the first call that a worker gets in a send
 _SMALL = 2 * 2**20
 #: bytes; what clients send is expected to be as much as they get, and of more than this a worker does not
 #: keep the replies, or the float64 sums, of a larger block
@@ -108,7 +110,7 @@ class RayGrid(BaseGrid):
             torch=_torch_is_used(),
         )
         cluster.connect(address, threads * (workers or 1) if gpu_fraction == 0 else 1)
-        self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction, near=address is None)
+        self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction, near=address is None and cluster.is_alone())
 
     def close(self) -> None:
         """End the workers, or keep them warm for the next simulation of this process."""
@@ -135,7 +137,6 @@ class _Dispatch:
         self.wave = wave
         self.deadline = deadline
         self.cargo = _Cargo(grid, exchange, wave)
-        self.pool.take_lines(wanted=not self.cargo.stored)
         # the one: an empty client costs something, too
         work = [1.0 + (0.0 if grid.work is None else grid.work[exchange.client(p)]) for p in wave]
         cut = blocks(work, self.pool.size, 64 if self.cargo.heaviest < _HEAVY else 1)
@@ -144,6 +145,12 @@ class _Dispatch:
 
     def run(self) -> None:
         """Until everything is answered, or the deadline."""
+        try:
+            self._run()
+        finally:
+            self.cargo.close()
+
+    def _run(self) -> None:
         while self.jobs or self.replays or self.pool.busy:
             self._hand_out_all()
             if self.replays and not self.jobs:
@@ -218,7 +225,7 @@ class _Dispatch:
 
 
 class _Cargo:
-    """The contents of one exchange on their way: shared arrays are in the object store while it lasts."""
+    """The contents of one exchange on their way: arrays that several clients get are shared memory."""
 
     def __init__(self, grid: RayGrid, exchange: Exchange, wave: Sequence[int]) -> None:
         self.grid = grid
@@ -235,19 +242,23 @@ class _Cargo:
             self._content[position] = numbers[id(content)]
         self._rounds = [grid.round_of(content) for content in contents]
         self._templates, parcels = objects.disassemble(contents)
+        self._needs = [objects.parcels_of(template) for template in self._templates]
         sizes = [sum(values.nbytes for values in parcel) for parcel in parcels]
         #: bytes of the largest content
-        self.heaviest = max(sum(sizes[n] for n in objects.parcels_of(t)) for t in self._templates)
-        self._small: dict[int, objects.Parcel] = {}
-        self.stored: dict[int, Any] = {}
-        for number, parcel in enumerate(parcels):
-            if sizes[number] < _SMALL:
-                self._small[number] = parcel
-            else:
-                self.stored[number] = ray.put(parcel)
+        self.heaviest = max(sum(sizes[number] for number in needs) for needs in self._needs)
+        clients = Counter(number for content in self._content.values() for number in self._needs[content])
+        large = {number for number, size in enumerate(sizes) if size >= _SMALL}
+        shared = {number for number in large if clients[number] > 1}
+        lines = grid.pool.take_lines(wanted=len(shared) <= MOST)
+        apart = shared if lines else large
+        put = _sheet_of if lines else ray.put
+        self._parcels = {n: parcel for n, parcel in enumerate(parcels) if n not in apart}
+        self._apart: dict[int, Any] = {n: put(parcels[n]) for n in sorted(apart)}
+        #: what a line brings for several clients a worker keeps, what Ray brings comes with every call
+        self._passing = large - shared if lines else apart
 
     def order(self, job: Job, given: Given) -> tuple[Order, list[Any]]:
-        """What a worker needs for a job, less what it was given before, and the objects that go with it."""
+        """What a worker needs for a job, less what it was given before, and the parcels that go beside it."""
         if given.send != self._number:
             given.send, given.contents, given.parcels = self._number, set(), set()
         items, states = [], {}
@@ -259,14 +270,26 @@ class _Cargo:
             if client in self.grid.states:
                 states[client] = self.grid.states[client]
         contents = {item.content for item in items}
-        needed = {number for c in contents for number in objects.parcels_of(self._templates[c])}
+        needed = {number for content in contents for number in self._needs[content]}
         templates = {number: self._templates[number] for number in contents - given.contents}
-        small = {number: self._small[number] for number in (needed & set(self._small)) - given.parcels}
-        stored = sorted(needed & set(self.stored))
+        new = needed - given.parcels
+        parcels = {number: self._parcels[number] for number in new if number in self._parcels}
+        apart = sorted(new - set(parcels))
+        passing = new & self._passing
         given.contents |= contents
-        given.parcels |= set(small)
-        order = Order(self._number, items, templates, small, stored, states, self.exchange.fold)
-        return order, [self.stored[number] for number in stored]
+        given.parcels |= new - passing
+        order = Order(self._number, items, templates, parcels, apart, passing, states, self.exchange.fold)
+        return order, [self._apart[number] for number in apart]
+
+    def close(self) -> None:
+        """Give up what is shared; who uses it still has it."""
+        for parcel in self._apart.values():
+            if isinstance(parcel, Sheet):
+                parcel.close()
+
+
+def _sheet_of(parcel: objects.Parcel) -> Sheet:
+    return Sheet.of(objects.pack(parcel))
 
 
 def _waves(exchange: Exchange) -> list[list[int]]:

@@ -6,6 +6,7 @@ worker can be replaced at any moment and its block replayed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import resource
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ from fedsim.engine.folding import Fold, Folder, Left
 from fedsim.engine.grid import answer, is_empty, seed_everything
 from fedsim.engine.line import Door, HungUp
 from fedsim.sums import WeightedSum
+
+_KEPT = 2**29  #: bytes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class Order:
         send: number of the send that it belongs to; a worker forgets what earlier ones brought.
         items: the instructions.
         templates: contents that this worker has not seen in this send.
-        small: parcels that are not worth an object of their own, and new to this worker, too.
-        parcels: numbers of the parcels that come as arguments.
+        parcels: that it has not got in this send.
+        apart: numbers of more of them, which come beside the order.
+        passing: numbers of those that it need not keep for the next order of this send.
         states: of the clients that have any.
         fold: how to sum the replies, or None.
     """
@@ -87,8 +92,9 @@ class Order:
     send: int
     items: Sequence[Item]
     templates: Mapping[int, objects.Template]
-    small: Mapping[int, objects.Parcel]
-    parcels: Sequence[int]
+    parcels: Mapping[int, objects.Parcel]
+    apart: Sequence[int]
+    passing: Set[int]
     states: Mapping[int, RecordDict]
     fold: Fold | None
 
@@ -117,7 +123,7 @@ class Worker:
         self._born = time.time()
         self._send = -1
         self._templates: dict[int, objects.Template] = {}
-        self._small: dict[int, objects.Parcel] = {}
+        self._parcels: dict[int, objects.Parcel] = {}
         self._door: Door | None = None
 
     def equip(self, setup: Setup, *, near: bool) -> str | None:
@@ -146,6 +152,8 @@ class Worker:
         sys.path[:] = [*setup.path, *(entry for entry in sys.path if entry not in setup.path)]
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self.setup = setup
+        if setup.memory is None:
+            _keep_freed_memory()
         if setup.torch:
             import torch
 
@@ -164,10 +172,14 @@ class Worker:
         """Answer what comes through the door until the driver hangs up."""
         if self._door is None:
             return
-        for line, (head, buffers) in self._door.orders():
+        for line, (head, buffers), sheets in self._door.orders():
             try:
-                order = pickle.loads(head, buffers=[buffer.toreadonly() for buffer in buffers])
-                report: Report | Failed = self._run(order, ())
+                order: Order = pickle.loads(head, buffers=[buffer.toreadonly() for buffer in buffers])
+                parcels = []
+                for sheet in sheets:
+                    with sheet:
+                        parcels.append(objects.unpack(sheet.read(shared=True)))
+                report: Report | Failed = self._run(order, parcels)
             except Exception:
                 report = Failed(traceback.format_exc())
             with suppress(HungUp):
@@ -178,7 +190,7 @@ class Worker:
         return objects.pack(self._run(pickle.loads(packed), parcels))
 
     def _run(self, order: Order, parcels: Sequence[objects.Parcel]) -> Report:
-        contents = self._contents(order, dict(zip(order.parcels, parcels, strict=True)))
+        contents = self._contents(order, parcels)
         report = Report()
         folder = None if order.fold is None else Folder(order.fold, start=order.items[0].position)
         for item in order.items:
@@ -196,12 +208,12 @@ class Worker:
             report.total = folder.tree.total()
         return report
 
-    def _contents(self, order: Order, parcels: dict[int, objects.Parcel]) -> dict[int, RecordDict]:
+    def _contents(self, order: Order, apart: Sequence[objects.Parcel]) -> dict[int, RecordDict]:
         if order.send != self._send:
-            self._send, self._templates, self._small = order.send, {}, {}
+            self._send, self._templates, self._parcels = order.send, {}, {}
         self._templates.update(order.templates)
-        self._small.update(order.small)
-        there = {**self._small, **parcels}
+        there = {**self._parcels, **order.parcels, **dict(zip(order.apart, apart, strict=True))}
+        self._parcels = {number: there[number] for number in there.keys() - order.passing}
         numbers = {item.content for item in order.items}
         return {number: objects.assemble(self._templates[number], there) for number in numbers}
 
@@ -215,6 +227,14 @@ class Worker:
         seed_everything(item.seed)
         with limited(setup.memory):
             return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config)
+
+
+def _keep_freed_memory() -> None:
+    """Let the allocator give back only what is more than _KEPT: fresh pages cost more than most sums."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 @contextmanager

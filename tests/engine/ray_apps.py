@@ -18,7 +18,8 @@ from fedsim import messages
 
 
 def noisy_app() -> ClientApp:
-    """Adds noise that follows from the seed of the message, and counts its calls in the client's state."""
+    """Adds noise that follows from the seed of the message, counts its calls in the client's state, and
+    adds up what else it is sent."""
     app = ClientApp()
 
     @app.train()
@@ -30,6 +31,8 @@ def noisy_app() -> ClientApp:
         values = {k: (a.numpy() * 0.5 + noise + calls).astype(a.dtype) for k, a in record.items()}
         who = int(context.node_config["partition-id"])
         metrics = {messages.EXAMPLES: 1 + who, "calls": calls, "noise": noise}
+        if "more" in message.content:
+            metrics["more"] = float(message.content.array_records["more"]["more"].numpy().sum())
         return messages.reply(message, messages.arrays_of(values), metrics)
 
     @app.query()
