@@ -24,7 +24,8 @@ from clients import training
 from clients.training import arrays_of, partition_of, personal_of
 from fedsim import messages
 from fedsim.errors import UserError
-from fedsim.models.base import set_train_mode
+from fedsim.local_learning.meters import StepMeter
+from fedsim.models.base import set_train_mode, units_of
 from fedsim.task import Task
 from fedsim.unlearning import audit
 from fedsim.unlearning.cut import Detachable
@@ -49,6 +50,9 @@ class Detaching:
         lr: Any = getattr(self.detacher, "lr", None)  # of the networks, where there are some
         self.tool = torch.optim.Adam(self.networks, lr=lr) if self.networks else None
         self.strength, self.head_only = 0.0, False
+        self.metered = self.model.cut < len(
+            units_of(self.model.backbone)
+        )  # a block of its own may save memory
 
     def begin(self, task: Task, config: ConfigRecord) -> None:
         """Take λ and the phase from the instruction; forget what the last client left."""
@@ -59,6 +63,7 @@ class Detaching:
         self.penalties = torch.zeros((), device=task.device)
         self.skipped = torch.zeros((), device=task.device)
         self.batches = 0
+        self.meter = StepMeter(task.device)
         if self.model.statistics is not None:
             self.model.statistics.begin()
 
@@ -70,6 +75,12 @@ class Detaching:
         """See `Step`."""
         if self.head_only:
             return self._above_the_cut(task, inputs, labels)
+        if not self.metered:
+            return self._loss(task, inputs, labels, z)
+        with self.meter.step(lambda: [*task.model.parameters(), *task.model.buffers(), inputs, labels, z]):
+            return self._loss(task, inputs, labels, z)
+
+    def _loss(self, task: Task, inputs: Tensor, labels: Tensor, z: Tensor) -> Tensor:
         h = self.model.below(inputs)
         if self.model.boundary is None:
             loss = task.loss(self.model.above, h, labels)
@@ -81,16 +92,17 @@ class Detaching:
         return loss.detach()
 
     def end(self, task: Task) -> dict[str, Any]:
-        """Mean penalty, and the share of batches that had nothing to compare."""
+        """Mean penalty, the share of batches that had nothing to compare, peak and time of a step."""
         if self.model.statistics is not None:
             self.model.statistics.end()
-        count = max(self.batches, 1)
-        if not self.strength:
-            return {"detach_penalty": 0.0, "detach_skipped": 0.0}
-        return {
-            "detach_penalty": self.penalties.item() / count,
-            "detach_skipped": self.skipped.item() / count,
-        }
+        found: dict[str, Any] = {"detach_penalty": 0.0, "detach_skipped": 0.0}
+        if self.strength:
+            count = max(self.batches, 1)
+            found = {
+                "detach_penalty": self.penalties.item() / count,
+                "detach_skipped": self.skipped.item() / count,
+            }
+        return found | (self.meter.metrics() if self.metered and not self.head_only else {})
 
     def _backward(
         self, task: Task, loss: Tensor, h: Tensor, z: Tensor, labels: Tensor, inputs: Tensor

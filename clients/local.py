@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from flwr.app import ArrayRecord, Context
 from torch import Tensor
 
 from fedsim import messages, payload
-from fedsim.local_learning.meters import peak_bytes
+from fedsim.local_learning.meters import StepMeter
 
 if TYPE_CHECKING:
     from fedsim.local_learning.federated import Local
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from fedsim.task import Task
 
 AUXILIARY = "auxiliary"  #: key of the auxiliary parameters in `context.state`
-_METERED = 2  #: steps of a round that are metered: the optimiser's state is there from the second on
 
 Tool = torch.optim.Optimizer
 Step = Callable[["Task", Tensor, Tensor], Tensor]
@@ -48,7 +45,7 @@ class LocalClient:
         self.local = local
         self.make_tool = make_tool
         self._tools: dict[LocallySupervised, Tool] = {}
-        self._measured = _Measured()
+        self._meter = StepMeter(task.device)
 
     def begin(self, client: int, context: Context) -> tuple[Tool, Step]:
         """Optimiser and step of a client; the task holds what the server sent."""
@@ -61,7 +58,7 @@ class LocalClient:
             others = [p for p in learner.trainable() if id(p) not in known]
             groups: list[dict[str, Any]] = [{"params": others}, {"params": scales, "weight_decay": 0.0}]
             self._tools[learner] = self.make_tool([group for group in groups if group["params"]])
-        self._measured = _Measured()
+        self._meter = StepMeter(self.task.device)
         return self._tools[learner], self._step
 
     def end(self, context: Context) -> dict[str, Any]:
@@ -73,7 +70,7 @@ class LocalClient:
             context.state[AUXILIARY] = payload.to_record(kept, payload.entries_of(kept))
         learner.zero_grad(set_to_none=True)
         self._tools[learner].state.clear()
-        return {**self._measured.metrics(), "blocks": learner.blocks, "method": self.local.method_number}
+        return {**self._meter.metrics(), "blocks": learner.blocks, "method": self.local.method_number}
 
     def shared(self) -> ArrayRecord:
         """The shared state, without auxiliary parameters that this client does not have."""
@@ -83,48 +80,16 @@ class LocalClient:
         return ArrayRecord({name: whole[name] for name in names})
 
     def _step(self, task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
-        learner, measured = self.local.learner, self._measured
+        learner = self.local.learner
         if not learner.accepts(len(inputs)):
             # the last batch may be a single sample: twice the same has the same mean loss, and sends no
             # gradient through BatchNorm over vectors
             inputs, labels = (torch.cat([x, x]) for x in (inputs, labels))
-        metered = measured.steps < _METERED
-        held = self._held(learner, inputs, labels) if metered else []
-        began = time.perf_counter()
-        with peak_bytes(held, task.device) if metered else nullcontext() as peak:
-            loss = learner.gradients(inputs, labels, task.backward)
-        measured.add(time.perf_counter() - began, peak.bytes if peak is not None else None)
-        return loss
+        with self._meter.step(lambda: self._held(learner, inputs, labels)):
+            return learner.gradients(inputs, labels, task.backward)
 
     def _held(self, learner: LocallySupervised, inputs: Tensor, labels: Tensor) -> list[Tensor]:
         """Everything of this client that is there before the step."""
         state = self._tools[learner].state.values()
         tensors = [v for entry in state for v in entry.values() if isinstance(v, Tensor)]
         return [*learner.parameters(), *learner.buffers(), *tensors, inputs, labels]
-
-
-class _Measured:
-    """Peak and time of the steps of one round."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.peak = 0
-        self.seconds = 0.0
-        self.first = 0.0
-
-    def add(self, seconds: float, peak: int | None) -> None:
-        """One step; metering slows a step down, so that of others is the one to report."""
-        self.steps += 1
-        if peak is None:
-            self.seconds += seconds
-        else:
-            self.peak = max(self.peak, peak)
-            self.first = seconds
-
-    def metrics(self) -> dict[str, float]:
-        """`peak_bytes`, and `step_seconds` (forward and backward passes)."""
-        plain = self.steps - _METERED
-        return {
-            "peak_bytes": self.peak,
-            "step_seconds": self.seconds / plain if plain > 0 else self.first,
-        }

@@ -4,6 +4,7 @@
     LiveMeter    every storage that is alive, as `torch.cuda.max_memory_allocated` would count it; the same
                  number for the same step on the CPU and on `meta` tensors, where nothing is computed
     peak_bytes   of a real step: the allocator's own peak on a GPU, a LiveMeter elsewhere
+    StepMeter    peak and time of a client's steps
 
 What a kernel allocates and frees inside itself (workspaces) is not seen by the first two, nor is what
 torch's checkpointing computes again by the first.
@@ -11,9 +12,10 @@ torch's checkpointing computes again by the first.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_METERED = 2  #: steps of a round that are metered: the optimiser's state is there from the second on
 
 
 class _Count:
@@ -173,3 +177,45 @@ def peak_bytes(held: Iterable[Tensor], device: torch.device) -> Iterator[Peak]:
     with LiveMeter(held) as meter:
         yield found
     found.bytes = meter.peak
+
+
+class StepMeter:
+    """Peak and time of the steps of one round of a client.
+
+    Args:
+        device: where the steps compute.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps = 0
+        self._peak = 0
+        self._first = 0.0
+        self._seconds = 0.0
+
+    @contextmanager
+    def step(self, held: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+        """Around one step.
+
+        Args:
+            held: gives what is there before the step and counts; asked of the steps that are metered.
+        """
+        metered = self._steps < _METERED
+        before = held() if metered else ()
+        began = time.perf_counter()
+        with peak_bytes(before, self._device) if metered else nullcontext(Peak()) as peak:
+            yield
+        seconds = time.perf_counter() - began
+        self._steps += 1
+        if metered:
+            self._first, self._peak = seconds, max(self._peak, peak.bytes)
+        else:
+            self._seconds += seconds
+
+    def metrics(self) -> dict[str, float]:
+        """`peak_bytes`, and `step_seconds` (forward and backward passes) of steps that were not metered."""
+        plain = self._steps - _METERED
+        return {
+            "peak_bytes": self._peak,
+            "step_seconds": self._seconds / plain if plain > 0 else self._first,
+        }

@@ -99,6 +99,18 @@ def test_an_isolated_block_learns_by_itself() -> None:
     assert {"attack_mlp_tint", "attack_mlp_tint@2", "attack_mlp_tint@3"} <= set(found)
 
 
+def test_an_isolated_block_holds_less_at_a_time() -> None:
+    """The activations below the cut are gone before the rest is run; nothing is metered at the features."""
+    peaks = []
+    for isolated in (False, True):
+        ours = task(cut=1, isolated=isolated)
+        metrics = trained(ours, Detaching(ours), **{messages.STRENGTH: 1.0})[1]
+        peaks.append(metrics["peak_bytes"])
+        assert metrics["step_seconds"] > 0
+    assert 0 < peaks[1] < 0.9 * peaks[0]
+    assert "peak_bytes" not in trained(task(), Detaching(task()))[1]
+
+
 def test_a_client_with_one_group_skips_and_counts_or_uses_the_servers_means() -> None:
     skew = ("partition.name=attribute-skew", "partition.attribute=tint", "partition.alpha=0.02")
 
