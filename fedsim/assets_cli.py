@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedsim.cli_options import Debug
 from fedsim.errors import UserError
 from fedsim.session import Session
 
@@ -15,9 +16,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Arguments are explained in the docstrings, see fedsim.cli.
+# Arguments are explained in the docstrings, see fedsim.cli_options.
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", hidden=True)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 @app.command()

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim import assets_cli, forget_cli
+from fedsim import assets_cli, forget_cli, sweep_cli
+from fedsim.cli_options import Debug, File, Json, RunFolder, Runs, Set, Verbose
 from fedsim.errors import UserError
 from fedsim.session import Session
 
 if TYPE_CHECKING:
     from fedsim.config import Experiment
     from fedsim.runs import Run
-    from fedsim.sweep import Cell, Sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,17 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(assets_cli.app, name="assets")
-
-# Arguments are explained in the docstrings: click 8.5 drops the help that typer 0.20 gives them.
-File = Annotated[str | None, typer.Argument(hidden=True)]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key (repeat).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries log and warn of.")]
-Runs = Annotated[
-    Path | None, typer.Option("--folder", help="Where run folders are (default: FEDSIM_RUNS or runs).")
-]
 
 
 # ------------------------------------------------------------------------------------ commands
@@ -126,47 +115,7 @@ def resume(
         _close(session, found, result.summary, _next_command(found, experiment, None), as_json=as_json)
 
 
-@app.command()
-def sweep(
-    file: Annotated[str, typer.Argument(hidden=True)],
-    *,
-    grid: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Values of a key (repeat); adds to [sweep].")
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="Run the cells with these values alone (repeat)."),
-    ] = None,
-    overrides: Set = None,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep folder (default: NAME-sweep).")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells that run side by side.")] = 1,
-    as_json: Json = False,
-    folder: Runs = None,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Run every combination of some keys (resumable).
-
-    FILE is an experiment file or the name of a shipped one. The same command goes on where it stopped:
-    finished cells are not run again.
-    """
-    with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
-        session.on_interrupt = "interrupted; the same command goes on"
-        with session.loading():
-            from fedsim import config
-            from fedsim.sweep import Sweep, check_overrides, chosen, parse_grid
-
-            base = config.load(file, overrides or [])
-            found = Sweep.open(base, parse_grid(grid or []), name=name, parent=folder)
-            check_overrides(overrides or [], found.cells)
-            wanted = parse_grid(only or [], "--only")
-            chosen(wanted, found.cells)
-        results = _run_cells(session, found, jobs=jobs, debug=debug, only=wanted)
-        _show_sweep(session, found, results)
-        if as_json:
-            print(json.dumps({"sweep": str(found.folder), "results": results}))
-        if any("error" in result for result in results):
-            raise typer.Exit(1)
+app.command("sweep")(sweep_cli.sweep)
 
 
 @app.command()
@@ -417,56 +366,3 @@ def _next_command(finished: Run, experiment: Experiment, file: str | None) -> st
         return f"fedsim compare {newest} {finished.folder}"
     change = "tuning.name=head" if experiment["tuning"].name == "bias" else "seed=1"
     return f"fedsim run {file or 'quickstart'} --set {change}"
-
-
-def _run_cells(
-    session: Session, found: Sweep, *, jobs: int, only: dict[str, list[Any]], debug: bool
-) -> list[dict[str, Any]]:
-    """Run a sweep, one line per cell."""
-    total = len(found.cells)
-    width = len(str(total))
-
-    def after(number: int, cell: Cell, result: dict[str, Any]) -> None:
-        from rich.markup import escape
-
-        if "summary" in result:
-            summary = result["summary"]
-            mark, text = "[green]✓[/]", f"{summary['accuracy_start']:.3f} → {summary['accuracy']:.3f}"
-        else:
-            mark, text = "[red]✗[/]", escape(str(result["error"]).splitlines()[0])
-        line = f"{mark} {number:>{width}}/{total}  {escape(cell.label)}  {text}"
-        session.console.print(line, highlight=False, soft_wrap=True)
-
-    return found.run(
-        lambda cell: session.watching(cell.experiment), after=after, stop_on_error=debug, jobs=jobs, only=only
-    )
-
-
-def _show_sweep(session: Session, found: Sweep, results: list[dict[str, Any]]) -> None:
-    """The grouped table and where the files are."""
-    from fedsim.sweep_table import columns_of, rows_of
-    from fedsim.terminal import grid
-
-    rows = rows_of(results)
-    columns = columns_of(rows)
-    keys = {key for cell in found.cells for key in cell.keys}
-    alike = {k for k in columns if k in keys and len({row.get(k) for row in rows}) == 1 < len(rows)}
-    table = grid()
-    table.show_header, table.header_style = True, "dim"
-    shown = [column for column in columns if column not in alike]
-    for column in shown:
-        if column in keys:  # `tuning.name` -> `tuning`, `client.lr` -> `lr`: 80 columns are few
-            table.add_column(column.removesuffix(".name").rpartition(".")[2], no_wrap=True)
-        else:
-            table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in shown))
-    console = session.console
-    console.print()
-    if alike:
-        console.print(*(f"{k}={rows[0][k]}" for k in columns if k in alike), highlight=False, markup=False)
-    wide = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    # a line that is folded by the terminal says more than a column that is cut off
-    console.print(table, highlight=False, width=max(wide, console.width), crop=False, soft_wrap=True)
-    console.print()
-    session.facts({"sweep": str(found.folder), "table": str(found.folder / "table.md")})

@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
+from fedsim.cli_options import Debug, Verbose
 from fedsim.errors import UserError
 from fedsim.session import Session
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def forget(
@@ -41,7 +40,7 @@ def forget(
     relearn: Annotated[int, typer.Option(min=0, help="Rounds with the data back.")] = 3,
     name: Annotated[str | None, typer.Option(help="Name of the folder of this request.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries say.")] = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Make a finished run forget, and measure it.

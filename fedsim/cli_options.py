@@ -1,0 +1,19 @@
+"""Options and arguments that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Arguments are explained in the docstrings: click 8.5 drops the help that typer 0.20 gives them.
+File = Annotated[str | None, typer.Argument(hidden=True)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key (repeat).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries log and warn of.")]
+Runs = Annotated[
+    Path | None, typer.Option("--folder", help="Where run folders are (default: FEDSIM_RUNS or runs).")
+]
