@@ -56,7 +56,12 @@ class Detaching:
 
     def begin(self, task: Task, config: ConfigRecord) -> None:
         """Take λ and the phase from the instruction; forget what the last client left."""
-        self.strength = float(config.get(messages.STRENGTH, 0.0))  # type: ignore[arg-type]
+        if messages.STRENGTH not in config:
+            raise ValueError(
+                "the strategy says nothing of the detacher's strength; the one that does is "
+                "'attribute-unlearning'"
+            )
+        self.strength = float(config[messages.STRENGTH])  # type: ignore[arg-type]
         self.head_only = bool(config.get(messages.HEAD_ONLY, False))
         if self.tool is not None:
             self.tool.state.clear()

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from fedsim.errors import UserError
 from fedsim.overrides import dotted
 from fedsim.runs import Run
-from fedsim.terminal import curve, grid, human_bytes, human_seconds, measured, sparkline
+from fedsim.terminal import (
+    attacks_of,
+    chance_of,
+    curve,
+    grid,
+    human_bytes,
+    human_seconds,
+    measured,
+    sparkline,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +43,8 @@ def comparison(runs: Sequence[Run]) -> Group:
     summaries = [run.summary() for run in runs]
     labels = labels_of(runs)
     parts: list[Any] = [_results(labels, summaries), Text(), _curves(labels, runs)]
+    if attacks := dict.fromkeys(key for summary in summaries for key in attacks_of(summary)):
+        parts += [Text(), _attacks(labels, summaries, list(attacks))]
     documents = [run.experiment().document() for run in runs]
     for document in documents:
         document.pop("name")
@@ -108,6 +119,22 @@ def _results(labels: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> T
             human_seconds(summary["seconds"]),
             summary["digest"][:8],
         )
+    return table
+
+
+def _attacks(labels: Sequence[str], summaries: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
+    """What attackers read of attributes, by run."""
+    table = grid()
+    table.show_header = True
+    table.header_style = "dim"
+    table.add_column("balanced accuracy", no_wrap=True)
+    for label in labels:
+        table.add_column(label, overflow="ellipsis", no_wrap=True, max_width=20)
+    table.add_column("chance", style="dim")
+    for key in keys:
+        chance = next(f"{chance_of(summary, key):.3f}" for summary in summaries if key in summary)
+        found = (f"{summary[key]:.3f}" if key in summary else _MISSING for summary in summaries)
+        table.add_row(key.replace("_", " "), *found, chance)
     return table
 
 

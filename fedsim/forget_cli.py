@@ -109,7 +109,7 @@ def _erase(
     with there as run, session.watching(experiment) as hooks:
         summary = run_experiment(experiment, run, hooks).summary
     session.console.print()
-    for line in attribute.before_and_after(run):
+    for line in attribute.before_and_after(old, run):
         session.console.print(line, markup=False, highlight=False, soft_wrap=True)
     session.console.print()
     session.facts({"folder": str(run.folder)})

@@ -52,7 +52,7 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
     if held:
         row["validation"] = _spread(held)
     row["start"] = _spread([s["accuracy_start"] for s in good])
-    for key in dict.fromkeys(key for s in good for key in s if _is_attack(key)):
+    for key in dict.fromkeys(key for s in good for key in s if _is_of_attribute(key)):
         row[key.replace("_", " ")] = _spread([s[key] for s in good if key in s])
     for key, name in _OTHER_ACCURACIES.items():
         if any(key in s for s in good):
@@ -68,9 +68,9 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
     return row
 
 
-def _is_attack(key: str) -> bool:
-    """Whether a key of a summary says how well attackers read an attribute."""
-    return key.startswith(("attack_", "audit_")) and not key.endswith("_error")
+def _is_of_attribute(key: str) -> bool:
+    """Whether a key of a summary says how well attackers read an attribute, or how groups are treated."""
+    return key.startswith(("attack_", "audit_", "parity_gap_", "odds_gap_")) and not key.endswith("_error")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -24,7 +24,7 @@ from fedsim.compute import Compute
 from fedsim.config import Experiment
 from fedsim.data import attributes as known_attributes
 from fedsim.data import backdoor, federated, forgotten, needs
-from fedsim.data.attributes import positions, refuse_label
+from fedsim.data.attributes import positions
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
@@ -328,9 +328,7 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
     data = _forgetting(experiment, own)
     augmentation.check(experiment, data.info.sample_shape)
     where = compute.resolve(**experiment.settings["compute"])
-    arrays, names = data.arrays, experiment["detacher"].common.get("attributes", [])
-    if names and arrays.train_z is not None and own is None:
-        refuse_label(names, arrays.attributes, arrays.train_z, arrays.train_y)
+    _check_detacher(experiment, data, own)
     model = where.place(build_model(experiment, data.info))
     personal = [*experiment.settings["payload"].get("personal", []), *_personal_networks(experiment, model)]
     selection = payload.select(model, model.train_modules, personal)
@@ -343,6 +341,20 @@ def build(experiment: Experiment, own: OwnData | None = None) -> Task:
         loss=_loss(model.head, data.base_classes if data.new_classes else None),
         compute=where,
     )
+
+
+def _check_detacher(experiment: Experiment, data: FederatedData, own: OwnData | None) -> None:
+    """Whether what is to be unlearned can be, and somebody does it."""
+    detacher, arrays = experiment["detacher"], data.arrays
+    names = detacher.common.get("attributes", [])
+    if detacher.name != "none" and experiment["client"].name == "standard":
+        raise UserError('[detacher] needs clients that use it: [strategy] name = "attribute-unlearning"')
+    label = experiment["data"].options.get("label")
+    if label in names:
+        raise UserError(f"[detacher] attribute '{label}' is the task itself ([data] label); name another one")
+    if names and arrays.train_z is not None and own is None:
+        parts = {"training": np.asarray(arrays.train_z), "test": np.asarray(arrays.test_z)}
+        known_attributes.check(names, arrays.attributes, parts, np.asarray(arrays.train_y))
 
 
 def _personal_networks(experiment: Experiment, model: Classifier) -> list[str]:

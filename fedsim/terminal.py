@@ -83,6 +83,23 @@ def baselines_of(summary: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def attacks_of(summary: Mapping[str, Any]) -> list[str]:
+    """What says how well attackers read an attribute at the cut: `attack_mlp_gender`, `audit_gender_mlp`."""
+    return [
+        key
+        for key in summary
+        if key.startswith(("attack_", "audit_")) and not key.endswith("_error") and "@" not in key
+    ]
+
+
+def chance_of(summary: Mapping[str, Any], key: str) -> float:
+    """What an attacker who knows nothing reaches, for a key of `attacks_of`."""
+    name = (
+        key.split("_", 2)[2] if key.startswith("attack_") else key.removeprefix("audit_").rpartition("_")[0]
+    )
+    return float(summary[f"chance_{name}"])
+
+
 def grid() -> Table:
     """The borderless table that everything on the screen uses."""
     from rich.table import Table
@@ -96,8 +113,9 @@ def closing_table(summary: Mapping[str, Any], history: Iterable[Mapping[str, Any
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(style="cyan", no_wrap=True)
+    rows = list(history)
     change = f"{summary['accuracy_start']:.3f} → [bold]{summary['accuracy']:.3f}[/]"
-    table.add_row("accuracy", change, sparkline(curve(history)))
+    table.add_row("accuracy", change, sparkline(curve(rows)))
     for name in ("local", "base", "new"):
         if f"{name}_accuracy" in summary:
             start, end = summary[f"{name}_accuracy_start"], summary[f"{name}_accuracy"]
@@ -107,6 +125,12 @@ def closing_table(summary: Mapping[str, Any], history: Iterable[Mapping[str, Any
     for name, accuracy in baselines_of(summary).items():
         mean = " mean" if name == "local-only" else ""
         table.add_row(f"{name}{mean}", f"        {accuracy:.3f}")
+    for key in attacks_of(summary):
+        seen = curve(rows, key)
+        before = f"{seen[0]:.3f} → " if len(seen) > 1 else "        "
+        chance = f"[dim]chance {chance_of(summary, key):.3f}[/]"
+        beside = f"{sparkline(seen)}  {chance}" if len(seen) > 1 else chance
+        table.add_row(key.replace("_", " "), f"{before}{summary[key]:.3f}", beside)
     table.add_row("loss", f"        {summary['loss']:.3f}")
     table.add_row("sent up", human_bytes(summary["bytes_up"]))
     table.add_row("sent down", human_bytes(summary["bytes_down"]))

@@ -117,7 +117,22 @@ class AttributeUnlearning(WeightedAverage):
                 f"rounds = {rounds} leaves no round for training: LEACE, head and audit take "
                 f"{len(self._closing())}; raise rounds, or lower strategy.head_rounds or audit_rounds"
             )
+        self._warn_of_idle_terms(task, rounds - len(self._closing()))
         return None if self.origin is None else _start(task, self.origin, self.digest)
+
+    def _warn_of_idle_terms(self, task: Task, training: int) -> None:
+        """Say where the term will do less than its keys promise."""
+        if task.experiment["detacher"].name == "none" or not self.strength or training <= 0:
+            return
+        reached = self.strength_at(training)
+        if reached < self.strength:
+            log.warning(
+                "the detacher's strength reaches %g of %g: %d rounds of training are fewer than "
+                "strategy.warmup + strategy.ramp = %d",
+                reached, self.strength, training, self.warmup + self.ramp,
+            )  # fmt: skip
+        if not any(parameter.requires_grad for parameter in task.model.backbone.parameters()):
+            log.warning("nothing below the cut is trained: the detacher changes nothing (LEACE erases)")
 
     def phase(self, server_round: int) -> str:
         """`train`, `erase`, `head`, `standardise` or `audit`.

@@ -17,7 +17,9 @@ import numpy.typing as npt
 from fedsim.errors import UserError, nearest
 
 Column = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
 UNKNOWN = -1
+_MOST = 1000  #: values of a categorical attribute
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def coded(
 ) -> tuple[Attribute, dict[str, Column]]:
     """An attribute out of raw columns: integers are codes (-1: not known), text is coded, floats are numbers.
 
+    Floats that are two whole numbers at most (0.0 and 1.0, say) are codes, too.
+
     Args:
         parts: columns [n] of the same kind by part, `train` and `test`.
         name: of the attribute.
@@ -84,7 +88,11 @@ def coded(
                 f"{where}: sample {bad[0]} is NaN or infinite; leave such samples out, or make the attribute "
                 "categorical (integers), where -1 says 'not known'"
             )
-        return Attribute(name), {part: column.astype(np.float32) for part, column in parts.items()}
+        values_there = np.unique(everything)
+        if len(values_there) > 2 or (values_there % 1 != 0).any():
+            return Attribute(name), {part: column.astype(np.float32) for part, column in parts.items()}
+        parts = {part: column.astype(np.int64) for part, column in parts.items()}
+        everything = everything.astype(np.int64)
     if everything.dtype.kind in "US":
         texts = everything.astype(str)
         values = sorted(set(texts.tolist()) - {""})
@@ -96,6 +104,11 @@ def coded(
             f"{where}: code {everything.min()} is negative; codes count from 0, -1 is 'not known'"
         )
     count = 1 + int(everything.max(initial=0))
+    if count > _MOST:
+        raise UserError(
+            f"{where}: code {count - 1} is too large, codes count from 0 and there may be {_MOST} of them; "
+            "write text for names, decimal points for numbers"
+        )
     names = tuple(values) if values is not None else tuple(map(str, range(count)))
     if len(names) < count:
         raise UserError(f"{where}: code {count - 1} has no name, there are {len(names)}: {', '.join(names)}")
@@ -165,26 +178,68 @@ def complaint(attributes: Sequence[Attribute], z: npt.NDArray[Any] | None, sampl
     return None
 
 
-def refuse_label(
-    names: Sequence[str], known: Sequence[Attribute], z: npt.NDArray[Any], labels: npt.NDArray[Any]
+def check(
+    names: Sequence[str], known: Sequence[Attribute], parts: Mapping[str, npt.NDArray[Any]], labels: Labels
 ) -> None:
-    """Raise UserError where an attribute says which class a sample has: to unlearn it is to unlearn the task.
+    """Whether attributes can be unlearned and measured, and do not say which class a sample has.
 
     Args:
         names: attributes to be unlearned.
-        known: the data's attributes, in the order of z's columns.
-        z: [n, attributes].
-        labels: [n].
+        known: the data's attributes, in the order of the columns.
+        parts: values [n, attributes] by part, `training` and `test`.
+        labels: of the training samples [n].
+
+    Raises:
+        UserError: one is named twice, has one value only, or determines the label, alone or with others.
     """
-    for name, place in zip(names, positions(names, known), strict=True):
-        there = z[:, place] != UNKNOWN
-        pairs = np.unique(np.stack([z[there, place], labels[there]], 1), axis=0)
-        if (
-            known[place].groups
-            and len(pairs) == len(np.unique(pairs[:, 0]))
-            and len(np.unique(pairs[:, 1])) > 1
-        ):
+    places = positions(names, known)
+    for name, place in zip(names, places, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"[detacher] attributes names '{name}' twice")
+        for part, z in parts.items():
+            _check_values(known[place], z[:, place], part)
+        if _determines(known[place], parts["training"][:, place], labels):
             raise UserError(
                 f"[detacher] attribute '{name}' determines the task's label: a representation that loses it "
                 "loses the task; choose another attribute, or another label"
             )
+    groups = [place for place in places if known[place].groups]
+    z = parts["training"][:, groups]
+    if len(groups) > 1 and _tells(z[(z != UNKNOWN).all(1)], labels[(z != UNKNOWN).all(1)]):
+        both = ", ".join(known[place].name for place in groups)
+        raise UserError(
+            f"[detacher] attributes {both} determine the task's label together: a representation that loses "
+            "them loses the task; leave one out"
+        )
+
+
+def _check_values(attribute: Attribute, z: npt.NDArray[Any], part: str) -> None:
+    found = np.unique(z[z != UNKNOWN] if attribute.groups else z)
+    if len(found) > 1:
+        return
+    names = [attribute.values[int(code)] for code in found] if attribute.groups else found.tolist()
+    what = f"one value, {names[0]}," if names else "no known value"
+    hint = (
+        " (-1 says 'not known': write -1 and 1 as 0 and 1)"
+        if attribute.groups and (z == UNKNOWN).any()
+        else ""
+    )
+    raise UserError(
+        f"[detacher] attribute '{attribute.name}' has {what} in the {part} data{hint}; there is nothing to "
+        "unlearn or to measure"
+    )
+
+
+def _determines(attribute: Attribute, z: npt.NDArray[Any], labels: Labels) -> bool:
+    """Whether the values of one attribute give the label away; those of a number by thresholds."""
+    if attribute.groups:
+        return _tells(z[z != UNKNOWN, None], labels[z != UNKNOWN])
+    order = np.lexsort((labels, z))
+    changes = np.count_nonzero(np.diff(labels[order]))
+    return bool(0 < changes == len(np.unique(labels)) - 1 and _tells(z[:, None], labels))
+
+
+def _tells(z: npt.NDArray[Any], labels: Labels) -> bool:
+    """Whether each combination of values [n, k] comes with one label, and labels differ."""
+    pairs = np.unique(np.column_stack([z, labels]), axis=0)
+    return len(pairs) == len(np.unique(pairs[:, :-1], axis=0)) and len(np.unique(labels)) > 1

@@ -17,6 +17,8 @@ from fedsim.ranges import Count, Portion
 #: attributes, their values for training and for the test
 Attributes = tuple[tuple[Attribute, ...], Column | None, Column | None]
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|[-+]?inf")
+
 
 def npz(*, path: str, test_fraction: Portion = 0.2) -> Arrays:
     """A NumPy archive of your own: x_train, y_train, x_test, y_test (or x, y), optionally classes, groups.
@@ -165,22 +167,20 @@ def _attributes_in(root: Path, files: list[list[Path]]) -> Attributes:
     table = root / "attributes.csv"
     if not table.is_file():
         return (), None, None
-    with table.open(encoding="utf-8", newline="") as lines:
-        rows = {row.pop("file", None) or "": row for row in csv.DictReader(lines)}
+    rows = _rows_of(table)
     parts: list[list[dict[str, str]]] = []
     for part in files:
         missing = [name for file in part if (name := file.relative_to(root).as_posix()) not in rows]
         if missing:
-            raise UserError(
-                f"{table}: no line for '{missing[0]}' ({len(missing)} missing); needed: file,NAME,..."
-            )
+            raise UserError(f"{table}: no line for '{missing[0]}' ({len(missing)} missing)")
         parts.append([rows[file.relative_to(root).as_posix()] for file in part])
     found = []
     for name in rows[files[0][0].relative_to(root).as_posix()]:
         texts = {
             p: [row[name] or "" for row in part] for p, part in zip(("train", "test"), parts, strict=False)
         }
-        found.append(coded(_typed(texts), name, f"{table}: column '{name}'"))
+        where = f"{table}: column '{name}'"
+        found.append(coded(_typed(texts, where), name, where))
     if not found:
         return (), None, None
     train, test = (
@@ -189,13 +189,34 @@ def _attributes_in(root: Path, files: list[list[Path]]) -> Attributes:
     return tuple(attribute for attribute, _ in found), train, test
 
 
-def _typed(texts: dict[str, list[str]]) -> dict[str, Array]:
+def _rows_of(table: Path) -> dict[str, dict[str, str]]:
+    """The lines of a table, by file."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            names = reader.fieldnames or []
+            if "file" not in names:
+                raise UserError(f"{table}: the first line must be file,NAME,..., not '{','.join(names)}'")
+            rows = {}
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f"{table}: line {reader.line_num} has not {len(names)} cells")
+                rows[row.pop("file")] = row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table}: not UTF-8 ({error}); save it as UTF-8") from error
+    return rows
+
+
+def _typed(texts: dict[str, list[str]], where: str) -> dict[str, Array]:
     """Columns of text as integers (empty: -1), else as numbers if there is a decimal point, else as text."""
     everything = [text.strip() for column in texts.values() for text in column]
+    there = [text for text in everything if text]
     kind: Any = str
-    if all(re.fullmatch(r"-?\d*", text) for text in everything):
+    if there and all(re.fullmatch(r"-?\d+", text) for text in there):
         kind = np.int64
-    elif all(re.fullmatch(r"[-+.\deE]+|nan", text) for text in everything):
+    elif there and all(_NUMBER.fullmatch(text) for text in there):
+        if len(there) < len(everything):
+            raise UserError(f"{where}: a number is missing; leave such images out, or make it categorical")
         kind = np.float64
     empty = str(UNKNOWN) if kind is np.int64 else ""
     return {

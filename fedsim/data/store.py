@@ -94,8 +94,10 @@ def code_stamp(target: Callable[..., Any]) -> list[Any]:
 
 
 def _stamp(path: Path) -> list[Any]:
-    """What changes when a file, or any image in a folder, is replaced: names, sizes, times."""
-    files = image_files(path) if path.is_dir() else [path] if path.is_file() else []
+    """What changes when a file, or any image or table in a folder, is replaced: names, sizes, times."""
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = [*image_files(path), *sorted(path.glob("*.csv"))]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -1,7 +1,7 @@
 """How instructions travel to workers: arrays as numpy buffers, each distinct one once a send.
 
     contents ──> templates (records without values) + parcels (lists of arrays)
-                                                      │  ray.put, once a node
+                                                      │  shared memory, once a node
     worker:  template + parcels ──> records of read-only views, no copy
 
 Arrays that are in the same set of contents share a parcel: the state that everybody gets is one, what a

@@ -15,6 +15,7 @@ from fedsim.config import Experiment
 from fedsim.errors import UserError
 from fedsim.overrides import applied
 from fedsim.runs import Run
+from fedsim.terminal import attacks_of, chance_of
 
 
 def experiment_of(run: Run, attributes: Sequence[str], overrides: Sequence[str] = ()) -> Experiment:
@@ -23,23 +24,34 @@ def experiment_of(run: Run, attributes: Sequence[str], overrides: Sequence[str] 
     Raises:
         UserError: see `erasing`, or an override does not fit.
     """
+    if not [name for name in attributes if name]:
+        raise UserError("--attribute names nothing; the names are those of the data's attributes")
     given = applied({}, overrides).get("strategy", {})
+    if given.get("leace") is False:
+        raise UserError("strategy.leace = false leaves nothing to do: an attribute is forgotten by LEACE")
     wanted = {key: given[key] for key in ("head_rounds", "audit_rounds") if isinstance(given.get(key), int)}
     tables = erasing(run, attributes, **wanted)
     folders = run.experiment().folders
     return config.from_tables(tables, source="--attribute", folders=folders, overrides=overrides)
 
 
-def before_and_after(run: Run) -> list[str]:
-    """What erasing did to accuracy and attackers, a line each."""
-    start, summary = run.history()[0], run.summary()
-    keys = ["accuracy", *(key for key in start if key.startswith("attack_") and not key.endswith("_error"))]
-    wide = max(map(len, keys))
-    lines = []
-    for key in keys:
-        error = summary.get(f"{key}_error")
+def before_and_after(origin: Run, run: Run) -> list[str]:
+    """What erasing did to accuracy and attackers, a line each.
+
+    Args:
+        origin: the run that was to forget; what it did not measure is measured at the new run's start.
+        run: the new one.
+    """
+    start, summary = {**run.history()[0], **origin.summary()}, run.summary()
+    attacks = attacks_of(summary)
+    wide = max(map(len, ["accuracy", *attacks]))
+    lines = [f"{'accuracy':<{wide}}  {start['accuracy']:.3f} → {summary['accuracy']:.3f}"]
+    for key in attacks:
+        before = f"{start[key]:.3f}" if key in start else "     "
+        error, chance = summary.get(f"{key}_error"), chance_of(summary, key)
         doubt = "" if error is None else f" ± {error:.3f}"
-        lines.append(f"{key.replace('_', ' '):<{wide}}  {start[key]:.3f} → {summary[key]:.3f}{doubt}")
+        line = f"{key.replace('_', ' '):<{wide}}  {before} → {summary[key]:.3f}{doubt}  (chance {chance:.3f})"
+        lines.append(line)
     return lines
 
 

@@ -151,6 +151,8 @@ def attack(
     """
     if not groups:
         middle = train_z.median()
+        if not (train_z > middle).any():  # more than half of them are the largest
+            middle = train_z[train_z < middle].max()
         train_z, test_z, groups = (train_z > middle).float(), (test_z > middle).float(), 2
     train_h, codes = train_h[train_z >= 0], train_z[train_z >= 0].long()
     test_h, wanted = test_h[test_z >= 0], test_z[test_z >= 0].long()

@@ -39,7 +39,7 @@ def trained(ours: Task, step: Any, client: int = 1, **config: Any) -> tuple[dict
     tool = torch.optim.SGD([p for p in ours.model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     torch.manual_seed(3)
     if isinstance(step, Detaching):
-        step.begin(ours, config)  # type: ignore[arg-type]
+        step.begin(ours, {messages.STRENGTH: 0.0, **config})  # type: ignore[arg-type]
     metrics = fit(ours, ours.data.client(client), RECIPE, tool, step, lr_scale=1.0, proximal_mu=0.0)
     if isinstance(step, Detaching):
         metrics |= step.end(ours)

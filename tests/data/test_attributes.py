@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedsim.data.attributes import Attribute, coded, conformed, from_json, positions, refuse_label, to_json
+from fedsim.data.attributes import Attribute, check, coded, conformed, from_json, positions, to_json
 from fedsim.data.drawn import tinted_digits
 from fedsim.data.faces import LOOKS, avatars, draw
 from fedsim.data.federated import load
@@ -152,6 +152,34 @@ def test_a_folder_of_images_has_a_table_of_attributes(tmp_path: Path) -> None:
         load_arrays(f"imagefolder:{tmp_path}", {"size": 16, "test_fraction": 0.25})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image,a\n", "the first line must be file,NAME,..., not 'image,a'"),
+        ("file;a\n", "the first line must be file,NAME,..., not 'file;a'"),
+        ("file,a\nx/0.png,1,2\n", "line 2 has not 2 cells"),
+        ("file,a\nx/0.png\n", "line 2 has not 2 cells"),
+        ("file,a\nx/0.png,1.5\nx/1.png,\ny/0.png,2.5\ny/1.png,2.5\n", "column 'a': a number is missing"),
+    ],
+)
+def test_a_broken_table_of_attributes_is_named(text: str, said: str, tmp_path: Path) -> None:
+    for name in ("x/0.png", "x/1.png", "y/0.png", "y/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    keys = {"size": 16, "test_fraction": 0.5}
+    load_arrays(f"imagefolder:{tmp_path}", keys)
+    table = tmp_path / "attributes.csv"
+    table.write_text(text)  # a cached folder is looked at again
+    with pytest.raises(UserError, match=f"attributes.csv: .*{said}"):
+        load_arrays(f"imagefolder:{tmp_path}", keys)
+    table.write_bytes("file,a\nx/0.png,é\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"attributes\.csv: not UTF-8"):
+        load_arrays(f"imagefolder:{tmp_path}", keys)
+    signs = "file,a\nx/0.png,+\nx/1.png,-\ny/0.png,E\ny/1.png,\n"
+    table.write_text("\ufeff" + signs, "utf-8")
+    assert load_arrays(f"imagefolder:{tmp_path}", keys).attributes == (Attribute("a", ("+", "-", "E")),)
+
+
 def test_skew_is_over_the_attribute_not_the_label() -> None:
     def spread(name: str, **keys: Any) -> tuple[float, float]:
         data = load("tinted-digits", {}, name, keys, clients=8)
@@ -172,13 +200,63 @@ def test_an_attribute_that_is_the_label_is_refused() -> None:
     known = (Attribute("a", ("x", "y")), Attribute("b", ("x", "y")), Attribute("c", tuple("uvw")))
     labels = np.array([0, 1, 0, 1, 0, 1])
     z = np.stack([1 - labels, [0, 0, 1, 1, 0, 0], [0, 1, 2, 1, 0, 1]], 1).astype(np.float32)
-    refuse_label(["b"], known, z, labels)
+    parts = {"training": z, "test": z}
+    check(["b"], known, parts, labels)
     for name in ("a", "c"):
         with pytest.raises(UserError, match=f"'{name}' determines the task's label"):
-            refuse_label([name], known, z, labels)
+            check([name], known, parts, labels)
     assert positions(["c", "a"], known) == [2, 0]
     with pytest.raises(UserError, match="no attribute 'glass'"):
         positions(["glass"], known)
+
+
+def test_a_number_that_is_the_label_and_attributes_that_are_together_are_refused() -> None:
+    labels = np.array([0, 1, 0, 1, 2, 2, 0, 1])
+    rng = np.random.default_rng(0)
+    number = (labels + 0.5 * rng.random(8)).astype(np.float32)[:, None]
+    free = rng.random((8, 1)).astype(np.float32)
+    with pytest.raises(UserError, match="'n' determines the task's label"):
+        check(["n"], (Attribute("n"),), {"training": number, "test": number}, labels)
+    check(["n"], (Attribute("n"),), {"training": free, "test": free}, labels)
+    two = (Attribute("a", ("x", "y")), Attribute("b", ("x", "y")))
+    z = np.array([[0, 0], [0, 1], [1, 0], [1, 1]] * 2, np.float32)
+    parts = {"training": z, "test": z}
+    exclusive = (z[:, 0] != z[:, 1]).astype(np.int64)
+    check(["a"], two, parts, exclusive)
+    with pytest.raises(UserError, match="attributes a, b determine the task's label together"):
+        check(["a", "b"], two, parts, exclusive)
+    with pytest.raises(UserError, match="names 'a' twice"):
+        check(["a", "a"], two, parts, exclusive)
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ([1, 1, -1], "'a' has one value, y, in the test data .*write -1 and 1 as 0 and 1"),
+        ([0, 0, 0], "'a' has one value, x, in the test data; there is nothing to unlearn or to measure"),
+        ([-1, -1, -1], "'a' has no known value in the test data"),
+    ],
+)
+def test_what_has_one_value_cannot_be_measured(test: list[int], said: str) -> None:
+    parts = {
+        "training": np.array([[0], [1], [1]], np.float32),
+        "test": np.array(test, np.float32)[:, None],
+    }
+    with pytest.raises(UserError, match=said):
+        check(["a"], (Attribute("a", ("x", "y")),), parts, np.array([0, 1, 0]))
+    constant = {part: np.full((3, 1), 2.5, np.float32) for part in parts}
+    with pytest.raises(UserError, match=r"'n' has one value, 2\.5, in the training data"):
+        check(["n"], (Attribute("n"),), constant, np.array([0, 1, 0]))
+
+
+def test_floats_of_two_whole_numbers_are_codes_and_codes_have_a_limit() -> None:
+    found, parts = coded({"train": np.array([0.0, 1.0]), "test": np.array([1.0])}, "a", "here")
+    assert found.values == ("0", "1")
+    assert parts["test"].tolist() == [1]
+    assert coded({"train": np.array([0.0, 0.5])}, "a", "here")[0].groups == 0
+    assert coded({"train": np.array([0.0, 1.0, 2.0])}, "a", "here")[0].groups == 0
+    with pytest.raises(UserError, match="here: code 1000000 is too large"):
+        coded({"train": np.array([0, 1_000_000])}, "a", "here")
 
 
 def test_booleans_are_two_groups() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fedsim import config
+from fedsim.compare import comparison
 from fedsim.errors import UserError
 from fedsim.runs import Run
+from fedsim.terminal import closing_table
 from strategies.attribute_unlearning import AttributeUnlearning
 from tests.helpers import StopAt, run, tiny
 
@@ -150,6 +154,7 @@ def test_few_samples_for_many_features_are_shrunk_and_said(
         (["rounds=2"], "rounds = 2 leaves no round for training: LEACE, head and audit take 2"),
         (["detacher.attributes=[]"], "attributes is missing: name what to unlearn; the data have: tint"),
         (["detacher.name=none", "detacher.attributes=[]", "client.name=standard"], "needs attributes"),
+        (["client.name=standard"], "needs clients that use it"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_first_round(
@@ -157,6 +162,39 @@ def test_what_cannot_work_is_said_before_the_first_round(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(tiny("rounds=5", *overrides, **TABLES), tmp_path)
+
+
+def test_a_strategy_that_sends_no_strength_is_an_error(tmp_path: Path) -> None:
+    keys = {"strategy": {"name": "fedavg"}, "client": {"name": "attribute-unlearning", "lr": 0.01}}
+    with pytest.raises(UserError, match="the strategy says nothing of the detacher's strength"):
+        run(tiny("rounds=2", **{**TABLES, **keys}), tmp_path)
+
+
+def test_a_term_that_does_less_than_its_keys_say_is_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = {**TABLES, "strategy": {"name": "attribute-unlearning", "warmup": 1, "ramp": 4, "leace": False}}
+    run(tiny("rounds=3", "partition.shots=2", "tuning.name=head", **tables), tmp_path)
+    assert "the detacher's strength reaches 1 of 2: 3 rounds of training are fewer than" in caplog.text
+    assert "nothing below the cut is trained: the detacher changes nothing" in caplog.text
+
+
+def test_the_closing_table_and_the_comparison_say_what_attackers_read(tmp_path: Path) -> None:
+    results = [
+        run(tiny("rounds=5", f"name=r{number}", "partition.shots=4", *more, **TABLES), tmp_path)
+        for number, more in enumerate([["strategy.leace=false"], ["strategy.audit_rounds=1"]])
+    ]
+    console = Console(width=120, record=True)
+    console.print(closing_table(results[1].summary, results[1].run.history()))
+    console.print(comparison([result.run for result in results]))
+    shown = console.export_text()
+    linear, audit = (results[1].summary[key] for key in ("attack_linear_tint", "audit_tint_mlp"))
+    start = results[1].run.history()[0]["attack_linear_tint"]
+    assert re.search(rf"attack linear tint +{start:.3f} → {linear:.3f} .*chance 0\.500", shown)
+    assert re.search(rf"audit tint mlp +{audit:.3f} +chance 0\.500", shown)
+    other = results[0].summary["attack_linear_tint"]
+    assert re.search(rf"attack linear tint +{other:.3f} +{linear:.3f} +0\.500", shown)
+    assert re.search(rf"audit tint mlp +– +{audit:.3f} +0\.500", shown)
 
 
 def test_an_attribute_that_is_the_label_is_refused(tmp_path: Path) -> None:
