@@ -3,7 +3,7 @@
 starting ──up──> idle <──report── busy (a call runs, one more waits behind it)
     └────────────── lost ───────────┘      a replacement is started, the calls go back
 
-Calls go over lines of our own, or, to workers on other machines, through Ray.
+Calls go over lines of our own, or, to workers on other machines and with very large contents, through Ray.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ from fedsim.ranges import Count, Positive
 #: bytes; less is not worth shared memory: it goes with the first call that a worker gets in a send
 _SMALL = 2 * 2**20
 #: bytes; what clients send is expected to be as much as they get, and of more than this a worker does not
-#: keep the replies, or the float64 sums, of a larger block
+#: keep the replies, or the float64 sums, of a larger block; such contents go through Ray's store, whose pages
+#: are used over and over: sheets are made of fresh ones, which is slower where nothing else takes time
 _HEAVY = 16 * 2**20
 
 _numbers = count()  #: of sends in this process
@@ -249,7 +250,7 @@ class _Cargo:
         clients = Counter(number for content in self._content.values() for number in self._needs[content])
         large = {number for number, size in enumerate(sizes) if size >= _SMALL}
         shared = {number for number in large if clients[number] > 1}
-        lines = grid.pool.take_lines(wanted=len(shared) <= MOST)
+        lines = grid.pool.take_lines(wanted=len(shared) <= MOST and self.heaviest < _HEAVY)
         apart = shared if lines else large
         put = _sheet_of if lines else ray.put
         self._parcels = {n: parcel for n, parcel in enumerate(parcels) if n not in apart}
