@@ -46,3 +46,7 @@ class StopAt(Hook):
     def round(self, result: Round) -> None:
         if not self.during and result.number == self.number:
             raise KeyboardInterrupt
+
+
+#: before a program in a subprocess: those of a background job ignore SIGINT otherwise
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "

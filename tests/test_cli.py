@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from fedsim.cli import app
 from fedsim.runs import Run
 from fedsim.version import code_digest
-from tests.helpers import tiny
+from tests.helpers import HEARS_CTRL_C, tiny
 
 Invoke = Callable[..., Result]
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_experiment_is_refused(fedsim: Invoke, file: Pat
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from fedsim.cli import main; main()"]
+    command = [sys.executable, "-c", f"{HEARS_CTRL_C}from fedsim.cli import main; main()"]
     environment = {**os.environ, "FEDSIM_RUNS": str(tmp_path / "runs")}
     process = subprocess.Popen(
         [*command, "run", str(file), "--set", "rounds=100000"],

@@ -14,7 +14,7 @@ import pytest
 
 from fedsim.finish import run_experiment
 from fedsim.runs import Run
-from tests.helpers import tiny
+from tests.helpers import HEARS_CTRL_C, tiny
 
 CLIENT = {"lr": 0.1, "epochs": 20}
 PARTITION = {"name": "iid", "clients": 6, "shots": 4}
@@ -30,9 +30,9 @@ class Driver:
     """`fedsim run` or `fedsim resume` in a session of its own."""
 
     def __init__(self, *arguments: str) -> None:
-        code = f"import sys; from fedsim.cli import main; sys.argv = {['fedsim', *arguments]!r}; main()"
+        program = f"import sys; from fedsim.cli import main; sys.argv = {['fedsim', *arguments]!r}; main()"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", HEARS_CTRL_C + program],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
