@@ -50,9 +50,8 @@ class Detaching:
         lr: Any = getattr(self.detacher, "lr", None)  # of the networks, where there are some
         self.tool = torch.optim.Adam(self.networks, lr=lr) if self.networks else None
         self.strength, self.head_only = 0.0, False
-        self.metered = self.model.cut < len(
-            units_of(self.model.backbone)
-        )  # a block of its own may save memory
+        #: inside the backbone a block of its own may save memory
+        self.metered = self.model.cut < len(units_of(self.model.backbone))
 
     def begin(self, task: Task, config: ConfigRecord) -> None:
         """Take λ and the phase from the instruction; forget what the last client left."""

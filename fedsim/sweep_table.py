@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from fedsim.terminal import baselines_of, human_bytes, human_seconds
+from fedsim.terminal import baselines_of, human_bytes, human_seconds, is_attack
 
 Result = dict[str, Any]
 
@@ -70,7 +70,7 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
 
 def _is_of_attribute(key: str) -> bool:
     """Whether a key of a summary says how well attackers read an attribute, or how groups are treated."""
-    return key.startswith(("attack_", "audit_", "parity_gap_", "odds_gap_")) and not key.endswith("_error")
+    return is_attack(key) or key.startswith(("parity_gap_", "odds_gap_"))
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -83,20 +83,22 @@ def baselines_of(summary: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def is_attack(key: str) -> bool:
+    """Whether a key of a summary says how well attackers read an attribute."""
+    return key.startswith(("attack_", "audit_")) and not key.endswith("_error")
+
+
 def attacks_of(summary: Mapping[str, Any]) -> list[str]:
     """What says how well attackers read an attribute at the cut: `attack_mlp_gender`, `audit_gender_mlp`."""
-    return [
-        key
-        for key in summary
-        if key.startswith(("attack_", "audit_")) and not key.endswith("_error") and "@" not in key
-    ]
+    return [key for key in summary if is_attack(key) and "@" not in key]
 
 
 def chance_of(summary: Mapping[str, Any], key: str) -> float:
     """What an attacker who knows nothing reaches, for a key of `attacks_of`."""
-    name = (
-        key.split("_", 2)[2] if key.startswith("attack_") else key.removeprefix("audit_").rpartition("_")[0]
-    )
+    if key.startswith("attack_"):  # attack_KIND_NAME
+        name = key.split("_", 2)[2]
+    else:  # audit_NAME_KIND
+        name = key.removeprefix("audit_").rpartition("_")[0]
     return float(summary[f"chance_{name}"])
 
 

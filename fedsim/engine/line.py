@@ -82,7 +82,7 @@ class Line:
         if size < _LARGE:
             self._send([memoryview(_START.pack(len(sheets), size)), *pieces], sheets)
             return
-        with Sheet.of(packed) as own:
+        with Sheet.holding(pieces) as own:
             self._send([memoryview(_START.pack(len(sheets) + 1, 0))], [*sheets, own])
 
     def _send(self, pieces: list[memoryview], sheets: Sequence[Sheet]) -> None:

@@ -85,9 +85,14 @@ class Sheet:
         Raises:
             OSError: there is no memory for them.
         """
+        return cls.holding(laid_out(packed))
+
+    @classmethod
+    def holding(cls, pieces: Sequence[memoryview]) -> Sheet:
+        """The same, laid out already."""
         sheet = cls(os.memfd_create("fedsim"))
         try:
-            write(laid_out(packed), lambda pieces: os.writev(sheet.fileno(), pieces))
+            write(pieces, lambda some: os.writev(sheet.fileno(), some))
         except OSError:
             sheet.close()
             raise
