@@ -2,7 +2,7 @@
 
     MAN    (arXiv 2024 ECCV; code)   z = bias(x) + ema(x)
     MAN++  (arXiv 2507.16279; code)  z = s·bias(x) + (2 - s)·ema(x),  s one learnable number, 1 at the start
-    MLAAN  (arXiv 2406.16633; code)  z <- step_j(z) + ema_j(z) along a few later units, up to the last
+    MLAAN  (arXiv 2406.16633; code)  z <- (step_j(z) + ema_j(z)) / 2 along a few later units, up to the last
 
 `bias` ("learnable bias") and `step_j` are trainable copies, `ema` is a frozen copy that follows the live
 unit: ema <- m·ema + (1 - m)·unit after the window's backward pass, parameters only. Gradients flow through
@@ -101,29 +101,29 @@ class ChannelBias(nn.Module):
 
 
 class Leap(nn.Module):
-    """The leap of MLAAN: trainable copies of a few later units, each beside an EMA of its unit.
+    """The leap of MLAAN: trainable copies of a few later units, each in the mean with an EMA of its unit.
+
+    The mean is our reading. A sum at every unit doubles the activations each time (a residual unit passes its
+    input on), 16 times after four units, and does not train: the head of a leap has no normalisation.
 
     Args:
         units: those units, in order.
         momentum: of the EMAs.
-        followed: so many of the first units have an EMA (released code: one).
-        independent: see `Follower`.
+        official: as the released code: random weights, and an EMA at the first unit only, which is added.
     """
 
-    def __init__(
-        self, units: Sequence[nn.Module], momentum: float, *, followed: int, independent: bool
-    ) -> None:
+    def __init__(self, units: Sequence[nn.Module], momentum: float, *, official: bool) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(duplicate(unit, independent=independent) for unit in units)
-        self.emas = nn.ModuleList(
-            Follower(unit, momentum, independent=independent) for unit in units[:followed]
-        )
+        followed = units[:1] if official else units
+        self.steps = nn.ModuleList(duplicate(unit, independent=official) for unit in units)
+        self.emas = nn.ModuleList(Follower(unit, momentum, independent=official) for unit in followed)
+        self.share = 1.0 if official else 0.5
         self.twins = tuple(zip(self.steps, units, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, ...] -> shape as of the last unit."""
         for number, step in enumerate(self.steps):
-            x = step(x) + self.emas[number](x) if number < len(self.emas) else step(x)
+            x = self.share * (step(x) + self.emas[number](x)) if number < len(self.emas) else step(x)
         return x
 
 

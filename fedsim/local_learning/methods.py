@@ -230,8 +230,8 @@ def mlaan(
         momentum: of the EMAs, per step.
         independent_weight: of the losses of single blocks.
         cascade_weight: of the losses of cascades.
-        compat: `official` has an EMA on the first unit of a leap only, random copies, and trains the last
-            block by its cascade alone.
+        compat: `official` has an EMA at the first unit of a leap only, added instead of in the mean, random
+            copies, and trains the last block by its cascade alone.
     """
     official = compat == "official"
     chain = division.chain
@@ -239,12 +239,7 @@ def mlaan(
 
     def several(block: int) -> Auxiliary:
         units = leap_units(chain.outputs, division.ends[block], leap)
-        coupling = Leap(
-            [chain.block(unit) for unit in units],
-            momentum,
-            followed=1 if official else len(units),
-            independent=official,
-        )
+        coupling = Leap([chain.block(unit) for unit in units], momentum, official=official)
         return Supervised(linear(chain.outputs[-1], chain.classes), coupling)
 
     def single(block: int) -> Auxiliary:

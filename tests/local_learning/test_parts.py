@@ -137,6 +137,14 @@ def test_official_mlaan_trains_the_last_block_by_its_cascade_alone() -> None:
     assert [len(ours.auxiliary[k].coupling.emas) for k in ("u1_cascade", "u2_cascade")] == [2, 1]
 
 
+def test_a_leap_begins_as_the_live_units_one_after_the_other() -> None:
+    images, _ = batch()
+    local = learner("mlaan", 4)
+    local.eval()
+    x = local.chain.run(0, 2, images)
+    torch.testing.assert_close(local.auxiliary["u1_cascade"].coupling(x), local.chain.run(2, 4, x))
+
+
 def test_windows_of_the_hierarchy() -> None:
     windows = learner("hpff", 4).windows
     spans = [(w.start, w.stop, w.weight) for w in windows]
