@@ -20,8 +20,9 @@ from torch import Tensor
 
 from clients.training import Recipe, arrays_of, back_propagation, fit, partition_of
 from fedsim import messages, registry
+from fedsim.building import build_model
 from fedsim.models.base import set_train_mode
-from fedsim.task import Task, build_model
+from fedsim.task import Task
 from fedsim.unlearning import ascent, graph, masks, scores
 
 

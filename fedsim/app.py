@@ -98,18 +98,18 @@ def _begin_anew() -> ClientApp:
 
 
 def _forget() -> None:
-    from fedsim import task as tasks
+    from fedsim import building
 
-    tasks.cached.cache_clear()
+    building.cached.cache_clear()
     _client.cache_clear()
 
 
 @lru_cache(maxsize=2)
 def _client(text: str, path: str, who: int, attributes: str) -> tuple[Task, ClientApp]:
     """Task and client app of an experiment (with the node's own data, if it has a path); built once."""
-    from fedsim import task as tasks
+    from fedsim import building
 
-    task = tasks.cached(text, tasks.OwnData(path, who, attributes)) if path else tasks.cached(text)
+    task = building.cached(text, building.OwnData(path, who, attributes)) if path else building.cached(text)
     app: ClientApp = task.experiment.build("client", task)
     return task, app
 
@@ -178,7 +178,7 @@ def experiment_of(run_config: dict[str, Any] | Any) -> Experiment:
 
 def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[Hook]) -> None:
     """The server side of one run on any grid; leaves a finished run folder."""
-    from fedsim import task as tasks
+    from fedsim import building
     from fedsim.finish import close
     from fedsim.rounds import Loop
     from fedsim.runs import FolderHook, Run
@@ -187,7 +187,7 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
     # a second run of this process must see data and modules as they are now
     _forget()
     with running(experiment, derive_seed("server", experiment.seed)):
-        task = tasks.cached(experiment.json())
+        task = building.cached(experiment.json())
         strategy = experiment.build("strategy")
         if isinstance(grid, BaseGrid):
             ours: BaseGrid | WireGrid = grid

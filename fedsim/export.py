@@ -56,12 +56,12 @@ def export(run: Run, out: Path) -> dict[str, Any]:
     """
     from safetensors.torch import save
 
-    from fedsim import task as tasks
+    from fedsim import building
     from fedsim.export_forms import write_forms
 
     experiment = run.experiment()
     arrays, state = _state(run)
-    task = tasks.build(experiment)
+    task = building.build(experiment)
     try:
         task.load(arrays)
     except ValueError as error:
@@ -113,9 +113,9 @@ def load_model(folder: str | os.PathLike[str]) -> Classifier:
     from safetensors.torch import load_file
 
     from fedsim import config
+    from fedsim.building import build_model
     from fedsim.data.attributes import Attribute
     from fedsim.models.base import DataInfo
-    from fedsim.task import build_model
 
     place = Path(folder)
     try:

@@ -170,10 +170,10 @@ def draw(experiment: Experiment, folder: Path) -> tuple[Iterator[str], Path]:
     Returns:
         The lines of a terminal picture, and the PNG that was written into `folder`.
     """
-    from fedsim import task
+    from fedsim import building
     from fedsim.data.federated import draw_split, split_lines
 
-    data = task.load_data(experiment)
+    data = building.load_data(experiment)
     counts, classes = data.class_counts(), data.arrays.classes
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{experiment.name}-split.png"

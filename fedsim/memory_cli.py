@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedsim import features, registry
-from fedsim import task as tasks
+from fedsim import building, features, registry
 from fedsim.compute import Compute
 from fedsim.errors import UserError
 from fedsim.local_learning.memory import Bench, Footprint, plan_for
@@ -75,8 +74,8 @@ def _row(bench: Bench, kind: str, name: str, count: int, options: dict[str, Any]
 
 def bench_of(experiment: Experiment) -> Bench:
     """The experiment's tuned model on `meta`, with its client's batch and optimiser."""
-    data = tasks.load_data(experiment)
-    model = tasks.build_model(experiment, data.info)
+    data = building.load_data(experiment)
+    model = building.build_model(experiment, data.info)
     changing = select(model, model.train_modules).changing
     cut = features.cut(experiment, model, data, changing, Compute())
     client = experiment["client"].options

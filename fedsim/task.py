@@ -1,4 +1,4 @@
-"""Task = model + federated data + loss + additive metrics, built once per process from an Experiment.
+"""Task = model + federated data + loss + additive metrics; `fedsim/building.py` makes it from an Experiment.
 
 The model is *resident*: one copy per process, overwritten in place for every client. `reset` puts every
 changing entry back, so nothing of one client is left for the next.
@@ -8,28 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim import augmentation, compute, config, features, messages, payload
+from fedsim import augmentation, features, messages, payload
 from fedsim.compute import Compute
 from fedsim.config import Experiment
-from fedsim.data import attributes as known_attributes
-from fedsim.data import backdoor, federated, forgotten, needs
 from fedsim.data.attributes import positions
 from fedsim.data.federated import FederatedData
-from fedsim.engine.grid import generators_restored, seed_everything
-from fedsim.errors import UnfitTuning, UserError
-from fedsim.models.base import Classifier, DataInfo, at_rest, set_train_mode
-from fedsim.models.fitting import fitting_modes
+from fedsim.errors import UserError
+from fedsim.models.base import Classifier, at_rest, set_train_mode
 from fedsim.scores import Scores, scores_of
 
 if TYPE_CHECKING:
@@ -37,15 +31,6 @@ if TYPE_CHECKING:
 
 #: inputs [n, ...] -> logits [n, classes]
 Network = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class OwnData:
-    """Where a real node keeps its client's data (`--node-config 'data-path="/data/mine.npz"'`)."""
-
-    path: str
-    client: int
-    attributes: str = ""  #: of the server's data, as JSON
 
 
 @dataclass
@@ -296,154 +281,3 @@ class Task:
         scores = self.test_scores()
         local = self.evaluate_local(scores, client)
         return {**self.measure(scores), **{f"local_{key}": local[key] for key in ("accuracy", "loss")}}
-
-
-def _loss(head: nn.Module, base: int | None) -> Callable[[Network, Tensor, Tensor], Tensor]:
-    """Mean cross-entropy of a batch, plus what a head wants of its own parameters (`penalty() -> scalar`).
-
-    Args:
-        head: of the model.
-        base: train among so many first classes; None: among all.
-    """
-    penalty: Callable[[], Tensor] | None = getattr(head, "penalty", None)
-
-    def loss(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
-        fit = F.cross_entropy(network(inputs)[:, :base], labels)
-        return fit if penalty is None else fit + penalty()
-
-    return loss
-
-
-def build(experiment: Experiment, own: OwnData | None = None) -> Task:
-    """Build a task: data, model (weights from the experiment's seed), tuning, selection.
-
-    Args:
-        experiment: what to build.
-        own: a real node's own data, instead of its share of the experiment's.
-
-    Raises:
-        UserError: anything in the experiment that does not fit together.
-    """
-    needs.require([experiment], ["data", "model"] if own is None else ["model"])
-    data = _forgetting(experiment, own)
-    augmentation.check(experiment, data.info.sample_shape)
-    where = compute.resolve(**experiment.settings["compute"])
-    _check_detacher(experiment, data, own)
-    model = where.place(build_model(experiment, data.info))
-    personal = [*experiment.settings["payload"].get("personal", []), *_personal_networks(experiment, model)]
-    selection = payload.select(model, model.train_modules, personal)
-    return Task(
-        experiment=experiment,
-        model=model,
-        data=data,
-        selection=selection,
-        frozen_digest=payload.frozen_digest(model, selection.changing, model.derived),
-        loss=_loss(model.head, data.base_classes if data.new_classes else None),
-        compute=where,
-    )
-
-
-def _check_detacher(experiment: Experiment, data: FederatedData, own: OwnData | None) -> None:
-    """Whether what is to be unlearned can be, and somebody does it."""
-    detacher, arrays = experiment["detacher"], data.arrays
-    names = detacher.common.get("attributes", [])
-    if detacher.name != "none" and experiment["client"].name == "standard":
-        raise UserError('[detacher] needs clients that use it: [strategy] name = "attribute-unlearning"')
-    label = experiment["data"].options.get("label")
-    if label in names:
-        raise UserError(f"[detacher] attribute '{label}' is the task itself ([data] label); name another one")
-    if names and arrays.train_z is not None and own is None:
-        parts = {"training": np.asarray(arrays.train_z), "test": np.asarray(arrays.test_z)}
-        known_attributes.check(names, arrays.attributes, parts, np.asarray(arrays.train_y))
-
-
-def _personal_networks(experiment: Experiment, model: Classifier) -> list[str]:
-    """A pattern for a detacher's networks, if it has some and they stay with the client."""
-    kept = experiment["detacher"].common["auxiliary"] == "personal"
-    there = any(name.startswith("detacher.") for name, _ in model.named_parameters())
-    return ["detacher.*"] if kept and there else []
-
-
-def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
-    """The tuned model of an experiment, untrained; random weights follow from the experiment's seed.
-
-    Raises:
-        UserError: the model does not fit the data, or the tuning does not fit the model.
-    """
-    with generators_restored():
-        seed_everything(experiment.seed)
-        plain = experiment.build("model", replace(info, folders=experiment.roots))
-        try:
-            model = experiment.build("tuning", plain)
-        except UnfitTuning as error:
-            names = ", ".join(fitting_modes(plain))
-            chosen = experiment["model"].name
-            raise UserError(f"{error}; [tuning] names that fit model '{chosen}': {names}") from error
-    if not isinstance(model, Classifier):
-        raise UserError(
-            f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
-            f"got {type(model).__name__}"
-        )
-    model.text = None  # what no tuning mode took is let go
-    if experiment["detacher"].common.get("attributes"):
-        from fedsim.unlearning.cut import detachable
-
-        with generators_restored():
-            seed_everything(experiment.seed + 1)
-            return detachable(experiment, model, info)
-    if experiment["detacher"].name != "none":
-        known = ", ".join(attribute.name for attribute in info.attributes) or "none"
-        raise UserError(f"[detacher] attributes is missing: name what to unlearn; the data have: {known}")
-    return model
-
-
-def load_data(experiment: Experiment) -> FederatedData:
-    """The experiment's federated data."""
-    partition, source = experiment["partition"], experiment["data"]
-    seed = partition.common.get("seed", experiment.seed)
-    data = federated.load(
-        source.name,
-        dict(source.options),
-        partition.name,
-        dict(partition.options),
-        clients=partition.common["clients"],
-        shots=partition.common.get("shots"),
-        new_classes=partition.common["new_classes"],
-        pooled=partition.common["pooled"],
-        validation=experiment.settings["evaluation"]["validation"],
-        seed=seed,
-        roots=experiment.roots,
-    )
-    keys = experiment.settings["backdoor"]
-    return backdoor.planted(data, **keys) if "client" in keys else data
-
-
-def _forgetting(experiment: Experiment, own: OwnData | None) -> FederatedData:
-    """The data (of a node: its own) without what [forget] names."""
-    keys = experiment.settings["forget"]
-    classes, clients = keys.get("classes", []), keys.get("clients", [])
-    data = load_data(experiment) if own is None else _load_own(experiment, own)
-    if not classes and not clients:
-        return data
-    if own is None:
-        forgotten.check(data, classes, clients)
-    return forgotten.without(data, classes, clients, relearn=keys["relearn"])
-
-
-def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:
-    options = {key: value for key, value in experiment["data"].options.items() if key == "size"}
-    return federated.load_own(
-        own.path,
-        options,
-        client=own.client,
-        clients=experiment.clients,
-        new_classes=experiment["partition"].common["new_classes"],
-        roots=[Path.cwd()],
-        attributes=known_attributes.from_json(own.attributes) if own.attributes else (),
-    )
-
-
-@lru_cache(maxsize=2)
-def cached(text: str, own: OwnData | None = None) -> Task:
-    """The task of an experiment sent as JSON; built once per process."""
-    return build(config.from_json(text), own)

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from fedsim.augmentation import View, augmented
+from fedsim.building import build
 from fedsim.errors import UserError
-from fedsim.task import build
 from tests.helpers import run, tiny
 
 IMAGES = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

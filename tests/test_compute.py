@@ -11,11 +11,12 @@ import torch
 from flwr.app import Context, Message
 
 from clients.training import back_propagation
-from fedsim import task as tasks
+from fedsim import building
 from fedsim.compute import Compute, resolve
 from fedsim.errors import UserError
 from fedsim.models.base import set_train_mode
 from fedsim.optimizers import make_optimizer
+from fedsim.task import Task
 from tests.engine.test_serial import ask, query_app
 from tests.helpers import run, tiny
 
@@ -39,7 +40,7 @@ def test_mixed_precision_trains_like_fp32(precision: str, tmp_path: Path) -> Non
 
 def test_fp16_gradients_are_scaled_and_unscaled() -> None:
     """A step leaves scaled gradients; after `unscale_` they are those of fp32 within fp16's resolution."""
-    exact, scaled = (tasks.build(tiny(f"compute.precision={p}")) for p in ("fp32", "fp16"))
+    exact, scaled = (building.build(tiny(f"compute.precision={p}")) for p in ("fp32", "fp16"))
     for task in (exact, scaled):
         inputs, labels = task.train_batch(np.arange(16))
         with task.compute.autocast():
@@ -56,10 +57,10 @@ def test_a_step_that_forgets_to_scale_is_refused_under_fp16() -> None:
     """`loss.backward()` in place of `task.backward(loss)` would train on gradients divided by the scale."""
     from clients.training import Recipe, fit
 
-    task = tasks.build(tiny("compute.precision=fp16"))
+    task = building.build(tiny("compute.precision=fp16"))
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
 
-    def careless(task: tasks.Task, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def careless(task: Task, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = task.loss(task.network, inputs, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -89,7 +90,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_error() -> None:
 )
 def test_a_model_on_another_device_computes_there(model: Any, tuning: str, optimizer: str) -> None:
     """A whole batch on `meta`: nothing inside loss, backward or optimiser step touches the CPU."""
-    task = tasks.build(tiny(f"tuning.name={tuning}", "features.cache=false", model=model))
+    task = building.build(tiny(f"tuning.name={tuning}", "features.cache=false", model=model))
     task.compute = Compute(torch.device("meta"))
     task.model.to("meta")
     set_train_mode(task.model, training=True)
@@ -131,7 +132,7 @@ def test_channels_last_is_the_same_training(tmp_path: Path) -> None:
     for name, values in runs["first"].state().items():
         assert runs["last"].state()[name].flags.c_contiguous
         np.testing.assert_allclose(runs["last"].state()[name], values, rtol=1e-3, atol=1e-4)
-    task = tasks.build(cnn.replace("compute.channels_last=true"))
+    task = building.build(cnn.replace("compute.channels_last=true"))
     kernels = [p for p in task.model.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert kernels
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedsim import config
+from fedsim.building import build
 from fedsim.sweep import Cell, cells_of
-from fedsim.task import build
 
 METHODS = ("promptfl_methods_cifar10", "promptfl_methods_cifar10_100")
 SWEEPS = (*METHODS, "promptfl_methods_cifar10_lr", "promptfl_base_to_new_cifar10", "promptfl_gpu")

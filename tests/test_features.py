@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from fedsim import features
+from fedsim.building import build
 from fedsim.errors import UserError
 from fedsim.models import resnet
 from fedsim.models.base import Classifier, set_train_mode, train_only
 from fedsim.payload import select
-from fedsim.task import build
 from tests.helpers import run, tiny
 from tests.models.zoo import bert_folder, inputs, make
 

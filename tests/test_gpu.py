@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedsim import task as tasks
+from fedsim import building
 from tests.engine.test_serial import ask, query_app
 from tests.helpers import run, tiny
 
@@ -79,7 +79,7 @@ def test_out_of_memory_is_an_error_reply_and_leaves_the_card_free() -> None:
 
 
 def test_the_task_lives_on_the_card() -> None:
-    task = tasks.build(tiny("compute.device=cuda"))
+    task = building.build(tiny("compute.device=cuda"))
     inputs, labels = task.train_batch(np.arange(4))
     assert inputs.is_cuda
     assert labels.is_cuda

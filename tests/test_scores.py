@@ -13,12 +13,12 @@ from rich.console import Console
 from torch.nn import functional
 
 from clients.training import back_propagation
+from fedsim.building import build
 from fedsim.errors import UserError
 from fedsim.evaluation import over_clients
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.cnn import cnn
 from fedsim.scores import Scores, scores_of
-from fedsim.task import build
 from fedsim.terminal import closing_table
 from tests.helpers import run, tiny
 

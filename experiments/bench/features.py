@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients import training as loop
-from fedsim import config, task
+from fedsim import building, config
 from fedsim.data import assets
 from fedsim.files import write_atomic
 from fedsim.finish import Result, run_experiment
@@ -125,10 +125,10 @@ def measured(file: str, overrides: Sequence[str], folder: Path) -> dict[str, Any
     found: dict[str, Any] = {}
     for cache in (False, True):
         experiment = config.load(file, [*overrides, f"features.cache={str(cache).lower()}"])
-        task.cached.cache_clear()
+        building.cached.cache_clear()
         with full_length(wanted=not cache), training_time() as training:
             if cache:
-                made = task.build(experiment)
+                made = building.build(experiment)
                 began = now()
                 inputs = (made.train_inputs, made.test_inputs)
                 found["once"] = (now() - began).tolist()

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim import config, messages
+from fedsim.building import build
 from fedsim.data.backdoor import triggered
 from fedsim.forgetting.methods import Plan
 from fedsim.models.base import set_train_mode
 from fedsim.runs import Run
-from fedsim.task import Task, build
+from fedsim.task import Task
 from fedsim.unlearning import compact, graph, masks, membership, metrics
 
 Floats = NDArray[np.float64]

@@ -162,7 +162,7 @@ def relearn(plan: Plan, method: str, state: Path, digest: str, rounds: int) -> T
 
 def _first_round(root: Run, plan: Plan) -> int:
     """The first round in which somebody trained on the data."""
-    from fedsim.task import load_data
+    from fedsim.building import load_data
 
     holders = set(plan.request.ids)
     if plan.request.kind == "class":

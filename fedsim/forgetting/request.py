@@ -93,7 +93,7 @@ def request_of(origin: Origin, kind: Kind, words: Sequence[str]) -> Request:
     Raises:
         UserError: one that is not there, that has no data or is forgotten already; or nothing would be left.
     """
-    from fedsim.task import load_data
+    from fedsim.building import load_data
 
     data = load_data(origin.experiment)
     classes = data.arrays.classes

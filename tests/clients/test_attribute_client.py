@@ -13,9 +13,10 @@ from clients.attribute_unlearning import Detaching, make, moments_of
 from clients.training import Recipe, back_propagation, fit
 from clients.training import make as standard
 from fedsim import messages, registry
+from fedsim.building import OwnData, build
 from fedsim.data.attributes import Attribute, to_json
 from fedsim.errors import UserError
-from fedsim.task import OwnData, Task, build
+from fedsim.task import Task
 from fedsim.unlearning import DETACHERS
 from fedsim.unlearning.cut import Detachable
 from fedsim.unlearning.leace import leace

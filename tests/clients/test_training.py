@@ -15,9 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 from clients.training import Recipe, back_propagation, batches, fit
 from fedsim import messages, payload
 from fedsim.app import client_app
+from fedsim.building import build, cached
 from fedsim.engine.simulate import simulate
 from fedsim.models.base import set_train_mode
-from fedsim.task import Task, build, cached
+from fedsim.task import Task
 from fedsim.version import code_digest
 from tests.helpers import tiny
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedsim.building import load_data
 from fedsim.data.backdoor import triggered
 from fedsim.errors import UserError
-from fedsim.task import load_data
 from tests.helpers import tiny
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fedsim import messages
+from fedsim.building import build, load_data
 from fedsim.data.federated import FederatedData
 from fedsim.data.forgotten import check, without
 from fedsim.errors import UserError
-from fedsim.task import build, load_data
 from tests.helpers import run, tiny
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import task as tasks
+from fedsim import building
 from fedsim.config import load
 from fedsim.errors import UserError
 
@@ -18,7 +18,7 @@ def test_all_missing_assets_are_named_with_one_command(
     monkeypatch.setenv("FEDSIM_ASSETS", str(tmp_path))
     (tmp_path / "minilm").mkdir()
     with pytest.raises(UserError) as caught:
-        tasks.build(load("fedtune_bias_cifar10"))
+        building.build(load("fedtune_bias_cifar10"))
     assert str(caught.value) == (
         "asset 'cifar10' is not on this machine and asset 'efficientnet-lite0' is not on this machine and "
         "asset 'minilm' is damaged: fedsim assets fetch cifar10 efficientnet-lite0 minilm"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from fedsim.building import load_data
 from fedsim.cli import app
 from fedsim.config import Experiment
 from fedsim.finish import run_experiment
@@ -21,7 +22,6 @@ from fedsim.forgetting.methods import METHODS
 from fedsim.forgetting.report import markdown, speedups
 from fedsim.forgetting.verdict import judged, sentence
 from fedsim.runs import Run
-from fedsim.task import load_data
 from tests.helpers import StopAt, tiny
 
 Forget = Callable[..., Result]

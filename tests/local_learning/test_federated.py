@@ -11,10 +11,11 @@ import torch
 
 from fedsim import messages, payload
 from fedsim.averaging import WeightedAverage
+from fedsim.building import build
 from fedsim.errors import UserError
 from fedsim.local_learning import METHODS
 from fedsim.local_learning.federated import Local
-from fedsim.task import Task, build
+from fedsim.task import Task
 from fedsim.testing import play
 from tests.helpers import StopAt, run, tiny
 

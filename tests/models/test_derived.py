@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedsim import payload
+from fedsim.building import build
 from fedsim.errors import UserError
 from fedsim.models import open_clip_models
 from fedsim.models.base import Classifier, DataInfo
@@ -21,7 +22,6 @@ from fedsim.models.open_clip_models import clip_lite, open_clip_model
 from fedsim.models.personal_prompts import prompt_low_rank
 from fedsim.models.timm_models import timm_model
 from fedsim.models.tuning import bias, head
-from fedsim.task import build
 from tests.helpers import tiny
 from tests.models.zoo import DIGITS, IMAGES
 

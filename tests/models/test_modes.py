@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedsim.building import build_model
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.adapter import Adapter
 from fedsim.models.base import Classifier, set_train_mode
 from fedsim.models.clip import export_open_clip
 from fedsim.models.fitting import fitting_modes
 from fedsim.models.vpt import Prompts
-from fedsim.task import build_model
 from tests.helpers import tiny
 from tests.models.zoo import DIGITS, IMAGES, MODES, inputs, make, trained, trained_count, vit_b16
 

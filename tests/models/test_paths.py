@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedsim import config
+from fedsim.building import build_model
 from fedsim.config import Experiment
 from fedsim.errors import UserError
 from fedsim.models.base import Classifier, DataInfo
-from fedsim.task import build_model
 from tests.models.zoo import IMAGES, TOKENS, bert_folder
 
 Case = tuple[str, Callable[[Path, int], None], DataInfo, str]

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from clients.training import back_propagation
 from fedsim import messages, payload
+from fedsim.building import build
 from fedsim.export import export, load_model
 from fedsim.finish import resume
 from fedsim.hooks import Hook
 from fedsim.models.personal_prompts import FolioHead, LowRankHead
 from fedsim.models.prompt import PromptHead
-from fedsim.task import build
 from tests.helpers import StopAt, run, tiny
 
 TOKENS, WIDTH = 4, 64

@@ -12,12 +12,12 @@ from flwr.app import ConfigRecord
 from safetensors.numpy import load_file
 
 from fedsim import checkpoints, config, messages
+from fedsim.building import build, load_data
 from fedsim.config import Experiment
 from fedsim.errors import UserError
 from fedsim.finish import Result, resume
 from fedsim.hooks import Hook
 from fedsim.rounds import lr_scale
-from fedsim.task import build, load_data
 from strategies.federaser import FedEraser
 from strategies.unlearn import Unlearn
 from tests.helpers import StopAt, run, tiny

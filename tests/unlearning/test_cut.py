@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.building import build
 from fedsim.data.attributes import Attribute
 from fedsim.errors import UserError
-from fedsim.task import Task, build
+from fedsim.task import Task
 from fedsim.unlearning.cut import Detachable, Eraser
 from fedsim.unlearning.leace import leace
 from fedsim.unlearning.moments import Moments
