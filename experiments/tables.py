@@ -15,7 +15,7 @@ was 0.6 for the first time (mean over seeds; "never" if one seed did not get the
 and `show` stands for a blank.
 
 A JSON file is the `results.json` of a sweep, or what `forgetting.py`, `bench/features.py` or `fedsim bench`
-wrote.
+wrote. `mission` is made of several: strategies by the step that their clients take (see `mission.py`).
 Keys that a table of a sweep leaves out must not tell its rows apart.
 """
 
@@ -26,6 +26,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from mission import mission
 
 from fedsim.forgetting.tables import over_seeds, rules
 from fedsim.sweep_table import rows_of, table_of
@@ -38,11 +40,19 @@ _BLOCK = re.compile(r"(<!-- table: ([\w-]+)(.*?) -->\n).*?(<!-- end -->)", re.DO
 Results = list[dict[str, Any]]
 
 
+def read(name: str) -> Results:
+    """A JSON file of results."""
+    found: Results = json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text("utf-8"))
+    return found
+
+
 def rendered(text: str) -> str:
     """A page with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        results = json.loads((ROOT / "experiments" / "results" / f"{match[2]}.json").read_text("utf-8"))
+        if match[2] == "mission":
+            return f"{match[1]}{mission(read)}{match[4]}"
+        results = read(match[2])
         return f"{match[1]}{made(results, match[3].split())}{match[4]}"
 
     return _BLOCK.sub(table, text)

@@ -37,7 +37,9 @@ def forget(
             show_default=False,
         ),
     ] = True,
-    relearn: Annotated[int, typer.Option(min=0, help="Rounds with the data back.")] = 3,
+    relearn: Annotated[
+        int | None, typer.Option(min=0, help="Rounds with the data back (default: 3).", show_default=False)
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the folder of this request.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
     verbose: Verbose = False,
@@ -60,6 +62,8 @@ def forget(
         if attributes is not None:
             if method:
                 raise UserError("--method is for classes and clients; attributes are erased by LEACE")
+            if relearn is not None:
+                raise UserError("--relearn is for classes and clients: leave it out for attributes")
             _erase(session, folder, attributes, overrides or [], name, as_json=as_json)
             return
         with session.loading():
@@ -75,7 +79,7 @@ def forget(
             chosen = name or f"{origin.run.folder.name}-forget-{wanted.label}"
             config.check_name(chosen, "--name")
             plan = sitting.plan_of(origin, wanted, overrides or [], origin.run.folder.parent / chosen)
-        wish = sitting.Wish(methods, overrides or [], retrain=retrain, relearn=relearn)
+        wish = sitting.Wish(methods, overrides or [], retrain=retrain, relearn=3 if relearn is None else relearn)
         result = sitting.sit(plan, wish, session.watching)
         files = report.write(result, plan.folder)
         session.console.print()

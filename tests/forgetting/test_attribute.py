@@ -108,6 +108,7 @@ def test_the_command_erases_beside_the_run_and_goes_on_where_it_stopped(tmp_path
             "say what to forget: --class 9, --client 3, or --attribute",
         ),
         (["--attribute", "tint", "--method", "prune"], "attributes are erased by LEACE"),
+        (["--attribute", "tint", "--relearn", "2"], "--relearn is for classes and clients"),
         (
             ["--attribute", "tint", "--set", "detacher.cut=8"],
             "cut = 8, but the backbone of model 'cnn' has 3",
