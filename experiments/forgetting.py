@@ -7,6 +7,7 @@
 
 Runs lie in FEDSIM_RUNS (or runs/); what is finished there is not run again. The file is
 experiments/results/forget_<experiment>.json (or `..._ablations.json`): a list of reports, one a seed.
+`--draw` runs nothing: it draws the first seed's speed-up over retraining from that file, beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedsim import config
 from fedsim._flwr import quiet
 from fedsim.finish import run_experiment
 from fedsim.forgetting import experiments, request, sitting
+from fedsim.forgetting.report import draw_speedup
 from fedsim.runs import Run, default_folder
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -88,7 +90,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment")
-    parser.add_argument("--class", dest="word", required=True)
+    parser.add_argument("--class", dest="word", default="9")
     parser.add_argument("--method", default="all")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--relearn", type=int, default=3)
@@ -96,8 +98,15 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--run-set", action="append", default=[], help="override of the run")
     parser.add_argument("--set", action="append", default=[], help="override of forgetting")
+    parser.add_argument("--draw", action="store_true")
     given = parser.parse_args()
     suffix = f"-{given.name}" if given.name else "_ablations" if given.ablations else ""
+    file = RESULTS / f"forget_{Path(given.experiment).stem}{suffix}.json"
+    if given.draw:
+        picture = file.with_suffix(".png")
+        draw_speedup(json.loads(file.read_text("utf-8"))[0], picture)
+        print(picture)
+        return
     found = []
     for seed in map(int, given.seeds.split(",")):
         with quiet():
@@ -107,9 +116,8 @@ def main() -> None:
             else:
                 found.append(report(run, given.word, given.method, given.set, given.relearn, suffix))
         print(f"seed {seed}: done", flush=True)
-    name = f"forget_{Path(given.experiment).stem}{suffix}.json"
-    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(RESULTS / name)
+    file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print(file)
 
 
 if __name__ == "__main__":

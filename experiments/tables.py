@@ -9,6 +9,7 @@ A table stands between a comment that describes it and `<!-- end -->`:
     <!-- table: modes where model.name=minilm keys=tuning.name -->           some of them, fewer columns
     <!-- table: modes rows=tuning.name columns=partition.name,partition.shots value=accuracy -->   crosswise
     <!-- table: modes keys=tuning.name show=accuracy,local -->                   some of the columns
+    <!-- table: forget_digits_vgg pace -->             cost of retraining over that of a method (first seed)
 
 `value` is a column of the plain table, or `reach:0.6`: bytes that all clients had sent when the test accuracy
 was 0.6 for the first time (mean over seeds; "never" if one seed did not get there). An underscore in `value`
@@ -29,7 +30,7 @@ from typing import Any
 
 from mission import mission
 
-from fedsim.forgetting.tables import over_seeds, rules
+from fedsim.forgetting.tables import over_seeds, pace, rules
 from fedsim.sweep_table import rows_of, table_of
 from fedsim.terminal import human_bytes
 
@@ -61,7 +62,7 @@ def rendered(text: str) -> str:
 def made(results: Results, words: list[str]) -> str:
     """One table: `where KEY=VALUE ...` chooses results, the other words say what it looks like."""
     if "models" in results[0]:
-        return over_seeds(results)
+        return pace(results[0]) if words == ["pace"] else over_seeds(results)
     if "rules" in results[0]:
         return rules(results)
     if "workload" in results[0]:

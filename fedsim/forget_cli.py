@@ -79,7 +79,9 @@ def forget(
             chosen = name or f"{origin.run.folder.name}-forget-{wanted.label}"
             config.check_name(chosen, "--name")
             plan = sitting.plan_of(origin, wanted, overrides or [], origin.run.folder.parent / chosen)
-        wish = sitting.Wish(methods, overrides or [], retrain=retrain, relearn=3 if relearn is None else relearn)
+        wish = sitting.Wish(
+            methods, overrides or [], retrain=retrain, relearn=3 if relearn is None else relearn
+        )
         result = sitting.sit(plan, wish, session.watching)
         files = report.write(result, plan.folder)
         session.console.print()

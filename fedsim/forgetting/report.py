@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ _SHORT = {
     "relearn": "relearn",
 }
 _BARE = ("retrain", "retrain-2", "original")
+#: what a speed-up is counted in -> heading; samples first, because rounds and seconds depend on the cohort
+AMOUNTS = {"samples": "samples", "round": "rounds", "client_seconds": "client seconds", "bytes": "bytes"}
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -142,17 +145,15 @@ def _speedup_table(report: Report) -> list[str]:
     """What retraining took to be within a point of its final retained accuracy, in units of each method."""
     if "retrain" not in report["models"]:
         return []
-    level = report["models"]["retrain"]["curve"][-1]["retain_accuracy"] - 0.01
-    amounts = ("samples", "round", "client_seconds", "bytes")
+    level = near_retraining(report)
     rows = []
-    for name in report["models"]:
-        if name not in _BARE:
-            ratios = [speedup(report, name, level, amount) for amount in amounts]
-            rows.append([name, *("never" if r is None else f"{r:.1f}x" for r in ratios)])
+    for name in edited(report):
+        ratios = [speedup(report, name, level, amount) for amount in AMOUNTS]
+        rows.append([name, *(times(ratio) for ratio in ratios)])
     said = (
         f"Retraining's cost of a retained accuracy of {level:.3f} (a point below its end), over the method's:"
     )
-    return [said, "", *_table(["model", "samples", "rounds", "client seconds", "bytes"], rows), ""]
+    return [said, "", *_table(["model", *AMOUNTS.values()], rows), ""]
 
 
 def _attacks(report: Report) -> list[str]:
@@ -230,31 +231,52 @@ def draw_curves(report: Report, path: Path) -> None:
 
 
 def draw_speedup(report: Report, path: Path) -> None:
-    """How many times fewer samples than retraining, against the retained accuracy to be reached."""
+    """How many times less than retraining, against the retained accuracy to be reached."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, points in speedups(report).items():
-        _line(axes, name, [level for level, _ in points], [ratio for _, ratio in points])
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel="retained test accuracy to be reached", ylabel="samples of retraining / own samples")
-    axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for axes, (amount, heading) in zip(panels.flat, AMOUNTS.items(), strict=True):
+        found = speedups(report, amount)
+        for name in edited(report):  # those without points, too: a method has one colour in all panels
+            points = found.get(name, [])
+            _line(axes, name, [level for level, _ in points], [ratio for _, ratio in points])
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(ylabel=f"{heading} of retraining / own")
+        axes.set_yscale("log")
+    for axes in panels[1]:
+        axes.set(xlabel="retained test accuracy to be reached")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def speedups(report: Report) -> dict[str, list[tuple[float, float]]]:
-    """Method -> points (retained accuracy, `speedup` in samples)."""
+def edited(report: Report) -> list[str]:
+    """Models that began as the original one: whose cost is compared with retraining's."""
+    return [name for name, model in report["models"].items() if name not in _BARE and model.get("curve")]
+
+
+def near_retraining(report: Report) -> float:
+    """A retained accuracy a point below that of the end of retraining."""
+    end: float = report["models"]["retrain"]["curve"][-1]["retain_accuracy"]
+    return end - 0.01
+
+
+def times(ratio: float | None) -> str:
+    """A speed-up as text."""
+    if ratio is None:
+        return "never"
+    return f"{ratio:.1f}x" if math.isfinite(ratio) else "costs nothing"
+
+
+def speedups(report: Report, amount: str = "samples") -> dict[str, list[tuple[float, float]]]:
+    """Method -> points (retained accuracy, `speedup`)."""
     levels = [step / 200 for step in range(100, 201)]  # 0.5 to 1
     found = {}
-    for name, model in report["models"].items():
-        if name in _BARE or not model.get("curve"):
-            continue
-        ratios = [(level, speedup(report, name, level, "samples")) for level in levels]
-        points = [(level, ratio) for level, ratio in ratios if ratio is not None]
+    for name in edited(report):
+        ratios = [(level, speedup(report, name, level, amount)) for level in levels]
+        points = [(level, ratio) for level, ratio in ratios if ratio is not None and math.isfinite(ratio)]
         if points:
             found[name] = points
     return found
@@ -270,13 +292,15 @@ def speedup(report: Report, name: str, level: float, amount: str) -> float | Non
         amount: `samples`, `round`, `client_seconds` or `bytes`.
 
     Returns:
-        None where one of them never gets there, or the method spends nothing.
+        None where one of them never gets there; infinite where the method spends nothing.
     """
     slow, own = report["models"]["retrain"]["curve"], report["models"][name]["curve"][1:]
     spent = [
         amount_at([p[amount] for p in one], [p["retain_accuracy"] for p in one], level) for one in (slow, own)
     ]
-    return spent[0] / spent[1] if spent[0] is not None and spent[1] else None
+    if spent[0] is None or spent[1] is None:
+        return None
+    return spent[0] / spent[1] if spent[1] else math.inf
 
 
 def _line(axes: Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedsim.forgetting.methods import RETRAIN
-from fedsim.forgetting.report import FIGURES
+from fedsim.forgetting.report import AMOUNTS, FIGURES, edited, near_retraining, speedup, times
 
 Report = Mapping[str, Any]
 
@@ -51,6 +51,19 @@ def rules(results: Sequence[Report]) -> str:
                 _spread(one["retain_accuracy"] for one in good),
             ]
         )
+    return _markdown(lines)
+
+
+def pace(report: Report) -> str:
+    """Retraining's cost over a method's: in samples for several retained accuracies, then in all units."""
+    end = near_retraining(report)
+    names = edited(report)
+    levels = [step / 20 for step in range(10, 20) if step / 20 < end]  # 0.5, 0.55, ...
+    wanted = [(level, "samples") for level in levels] + [(end, amount) for amount in AMOUNTS]
+    lines = [["retained accuracy reached", "counted in", *names]]
+    for level, amount in wanted:
+        ratios = [speedup(report, name, level, amount) for name in names]
+        lines.append([f"{level:.3f}", AMOUNTS[amount], *(times(ratio) for ratio in ratios)])
     return _markdown(lines)
 
 

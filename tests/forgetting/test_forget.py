@@ -19,7 +19,7 @@ from fedsim.finish import run_experiment
 from fedsim.forgetting import experiments, request, sitting
 from fedsim.forgetting.evidence import Examiner
 from fedsim.forgetting.methods import METHODS
-from fedsim.forgetting.report import markdown, speedups
+from fedsim.forgetting.report import markdown, speedup, speedups, times
 from fedsim.forgetting.verdict import judged, sentence
 from fedsim.runs import Run
 from tests.helpers import StopAt, tiny
@@ -264,12 +264,17 @@ def test_speed_up_is_a_curve_over_retained_accuracy() -> None:
     models = {
         "retrain": {"curve": curve((0, 0.1), (100, 0.6), (200, 0.9))},
         "prune": {"curve": curve((0, 0.95), (10, 0.55), (50, 0.9))},  # the start is not the method's own
+        "head-mask": {"curve": curve((0, 0.95), (0, 0.7))},
     }
-    found = dict(speedups({"models": models})["prune"])
+    report = {"models": models}
+    found = dict(speedups(report)["prune"])
     assert found[0.55] == 10
     assert found[0.6] == 2
     assert found[0.9] == 4
     assert max(found) == 0.9
+    assert "head-mask" not in speedups(report)
+    by_head_mask = (times(speedup(report, "head-mask", level, "samples")) for level in (0.7, 0.9))
+    assert list(by_head_mask) == ["costs nothing", "never"]
 
 
 def test_a_trigger_of_the_client_is_measured(tmp_path: Path) -> None:
