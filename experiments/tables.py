@@ -15,8 +15,9 @@ A table stands between a comment that describes it and `<!-- end -->`:
 was 0.6 for the first time (mean over seeds; "never" if one seed did not get there). An underscore in `value`
 and `show` stands for a blank.
 
-A JSON file is the `results.json` of a sweep, or what `forgetting.py`, `bench/features.py` or `fedsim bench`
-wrote. `mission` is made of several: strategies by the step that their clients take (see `mission.py`).
+A JSON file is the `results.json` of a sweep, or what `forgetting.py`, `bench/features.py`,
+`bench/local_steps.py` or `fedsim bench` wrote. `mission` is made of several: strategies by the step that
+their clients take (see `mission.py`).
 Keys that a table of a sweep leaves out must not tell its rows apart.
 """
 
@@ -67,6 +68,8 @@ def made(results: Results, words: list[str]) -> str:
         return rules(results)
     if "workload" in results[0]:
         return benchmark(results)
+    if "ratio" in results[0]:
+        return steps(results)
     if "setting" in results[0]:
         return cached_features(results)
     given = dict(word.split("=", 1) for word in words if "=" in word)
@@ -91,6 +94,17 @@ def benchmark(results: Results) -> str:
             for r in row["ratios"]
         ]
         lines.append([row["workload"], "<br>".join(seconds), "<br>".join(ratios)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def steps(results: Results) -> str:
+    """Time of a step over back-propagation's by method and K, one column a network."""
+    networks = list(dict.fromkeys(row["network"] for row in results))
+    lines = [["method", "K", *networks], ["---"] * (2 + len(networks))]
+    for method, blocks in dict.fromkeys((row["method"], row["blocks"]) for row in results):
+        found = {r["network"]: r for r in results if (r["method"], r["blocks"]) == (method, blocks)}
+        ratios = [f"{found[name]['ratio']:.1f}x" if name in found else "" for name in networks]
+        lines.append([method, str(blocks), *ratios])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

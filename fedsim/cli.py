@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsim import assets_cli, forget_cli, sweep_cli
-from fedsim.cli_options import Debug, File, Json, RunFolder, Runs, Set, Verbose
+from fedsim.cli_options import Debug, File, Json, PlainHelp, RunFolder, Runs, Set, Verbose
 from fedsim.errors import UserError
 from fedsim.session import Session
 
@@ -50,7 +50,7 @@ def main_options(
     """Tune, prompt, un-learn and locally train foundation models across federated clients."""
 
 
-@app.command()
+@app.command(cls=PlainHelp)
 def run(
     file: File = None,
     *,
@@ -115,7 +115,7 @@ def resume(
         _close(session, found, result.summary, _next_command(found, experiment, None), as_json=as_json)
 
 
-app.command("sweep")(sweep_cli.sweep)
+app.command("sweep", cls=PlainHelp)(sweep_cli.sweep)
 
 
 @app.command()
@@ -140,7 +140,7 @@ def compare(
             session.facts({"picture": str(plot)})
 
 
-app.command("forget")(forget_cli.forget)
+app.command("forget", cls=PlainHelp)(forget_cli.forget)
 
 
 @app.command("list")
@@ -175,7 +175,7 @@ def list_(
         session.console.print(f"[dim]picture[/]  {picture}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=PlainHelp)
 def memory(
     file: File = None,
     *,
@@ -226,7 +226,7 @@ def export(
         session.facts({"files": "  ".join(report["files"])})
 
 
-@app.command()
+@app.command(cls=PlainHelp)
 def bench(
     workloads: Annotated[list[str] | None, typer.Argument(metavar="[WORKLOAD...]", hidden=True)] = None,
     *,

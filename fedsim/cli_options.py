@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperCommand
 
 # Arguments are explained in the docstrings: click 8.5 drops the help that typer 0.20 gives them.
 File = Annotated[str | None, typer.Argument(hidden=True)]
@@ -17,3 +19,12 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what librar
 Runs = Annotated[
     Path | None, typer.Option("--folder", help="Where run folders are (default: FEDSIM_RUNS or runs).")
 ]
+
+
+class PlainHelp(TyperCommand):
+    """A command whose options show `[default: 4]`: typer 0.20 escapes the bracket for markup that is off."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As ever, without the backslashes."""
+        super().format_options(ctx, formatter)
+        formatter.buffer = [text.replace("\\[", "[") for text in formatter.buffer]

@@ -257,6 +257,13 @@ def test_help_imports_nothing_heavy() -> None:
     assert not heavy & set(eval(done.stdout))
 
 
+@pytest.mark.parametrize("command", ["run", "sweep", "forget", "memory", "bench"])
+def test_help_shows_defaults_and_ranges_as_they_are(fedsim: Invoke, command: str) -> None:
+    text = fedsim(command, "--help").stdout
+    assert "  [" in text
+    assert "\\" not in text
+
+
 def test_help_lists_every_command(fedsim: Invoke) -> None:
     text = fedsim("--help").stdout
     for command in ("run", "resume", "sweep", "compare", "list", "export", "doctor"):
