@@ -68,9 +68,14 @@ class LocalClient:
         kept = self.local.kept()
         if kept:
             context.state[AUXILIARY] = payload.to_record(kept, payload.entries_of(kept))
+        self.release()
+        return {**self._meter.metrics(), "blocks": learner.blocks, "method": self.local.method_number}
+
+    def release(self) -> None:
+        """Let go of gradients and the optimiser's state; nothing else of the training is kept."""
+        learner = self.local.learner
         learner.zero_grad(set_to_none=True)
         self._tools[learner].state.clear()
-        return {**self._meter.metrics(), "blocks": learner.blocks, "method": self.local.method_number}
 
     def shared(self) -> ArrayRecord:
         """The shared state, without auxiliary parameters that this client does not have."""
@@ -92,4 +97,4 @@ class LocalClient:
         """Everything of this client that is there before the step."""
         state = self._tools[learner].state.values()
         tensors = [v for entry in state for v in entry.values() if isinstance(v, Tensor)]
-        return [*learner.parameters(), *learner.buffers(), *tensors, inputs, labels]
+        return [*learner.parameters(), *learner.buffers(), *tensors, *self.task.anchors, inputs, labels]

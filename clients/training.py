@@ -145,7 +145,10 @@ def client(task: Task, recipe: Recipe, optimizer: str, step: Step) -> ClientApp:
         if steps:
             own = replace(recipe, steps=steps)
             lr_scale = float(config.get(messages.LR_SCALE, 1.0))  # type: ignore[arg-type]
-            fit(task, task.data.client(who), own, tool, step, lr_scale=lr_scale, proximal_mu=0.0)
+            chosen = (tool, step) if local is None else local.begin(who, context)
+            fit(task, task.data.client(who), own, *chosen, lr_scale=lr_scale, proximal_mu=0.0)
+            if local is not None:
+                local.release()
         split = str(config.get("split", "test"))
         return messages.reply(message, None, task.evaluate_split(split, who))
 
@@ -181,6 +184,7 @@ def fit(
         group["lr"] = recipe.lr * lr_scale
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     anchors = _anchors(task) if proximal_mu > 0 else []
+    task.anchors = [anchor for _, anchor in anchors]
     total = torch.zeros((), dtype=torch.float64, device=task.device)
     seen = 0
     take = getattr(step, "batch", Task.train_batch)
@@ -201,6 +205,7 @@ def fit(
             task.constrain()
         total += loss.double() * len(batch)
         seen += len(batch)
+    task.anchors = []
     return {
         messages.EXAMPLES: min(len(rows), seen),
         messages.SAMPLES: seen,

@@ -201,6 +201,8 @@ def memory(
             picture = (folder or default_folder()) / f"{experiment.name}-memory.png"
             memory_cli.draw(rows, f"{experiment.name}: {experiment['model'].name}", picture)
         session.console.print(memory_cli.table_of(rows), highlight=False)
+        for note in memory_cli.notes_of(rows):
+            session.note(note)
         session.console.print(f"[dim]picture[/]  {picture}", highlight=False, soft_wrap=True)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from fedsim import building, features, registry
 from fedsim.compute import Compute
 from fedsim.errors import UserError
 from fedsim.local_learning.memory import Bench, Footprint, plan_for
+from fedsim.local_learning.plans import Plan, by_name, check_blocks
 from fedsim.optimizers import make_optimizer
 from fedsim.payload import select
 from fedsim.terminal import grid, human_bytes
@@ -44,32 +46,48 @@ def measure(experiment: Experiment, methods: Sequence[str], blocks: Sequence[int
     """Back-propagation first, then every method with every K.
 
     Args:
-        experiment: model, tuning, batch size, optimiser, plan and the options of its own method.
+        experiment: model, tuning, batch size, optimiser, plan or cuts and the options of its own method.
         methods: names; `["all"]` are all of them.
-        blocks: numbers of blocks; those that the model does not have are left out.
+        blocks: numbers of blocks (of plans; cuts come on top, for the experiment's own method).
 
     Raises:
-        UserError: unknown method, or nothing to divide.
+        UserError: unknown method, nothing to divide, or no such number of blocks.
     """
     names = [n for n in registry.table("local") if n != "bp"] if list(methods) == ["all"] else list(methods)
     for name in names:
         registry.resolve("local", name)
     bench = bench_of(experiment)
+    possible = [count for count in blocks if 1 < count <= len(bench.chain)]
+    if not possible:
+        for count in blocks:
+            check_blocks(bench.chain, count)
+        raise UserError("--blocks needs a number of at least 2; back-propagation is in the table anyway")
     rows = [Row("bp", 1, bench.measure("bp", (len(bench.chain) - 1,)))]
     own, kind = experiment["local"], experiment["local"].common["plan"]
     for name in (n for n in names if n != "bp"):
         options: Any = own.options if own.name == name else {}
-        possible = [count for count in blocks if 1 < count <= len(bench.chain)]
-        rows += [_row(bench, kind, name, count, options) for count in possible]
+        plans = [(count, partial(plan_for, bench, kind, name, count, options)) for count in possible]
+        if own.name == name and "cuts" in own.common:
+            cuts = by_name(bench.chain, own.common["cuts"])
+            plans.append((len(cuts), partial(tuple, cuts)))
+        rows += [_row(bench, name, count, plan, options) for count, plan in plans]
     return rows
 
 
-def _row(bench: Bench, kind: str, name: str, count: int, options: dict[str, Any]) -> Row:
+def _row(bench: Bench, name: str, count: int, plan: Callable[[], Plan], options: dict[str, Any]) -> Row:
     try:
-        plan = plan_for(bench, kind, name, count, options)
-        return Row(name, count, bench.measure(name, plan, options))
+        return Row(name, count, bench.measure(name, plan(), options))
     except UserError as error:  # such as a method that needs maps, on a Transformer
         return Row(name, count, None, str(error))
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """Why some rows are empty: one line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.found is None:
+            reasons.setdefault(row.skipped, []).append(f"{row.method} {row.blocks}")
+    return [f"{', '.join(who)}: {reason}" for reason, who in reasons.items()]
 
 
 def bench_of(experiment: Experiment) -> Bench:
@@ -100,10 +118,13 @@ def table_of(rows: Sequence[Row]) -> Table:
     assert reference is not None
     for row in rows:
         if row.found is None:
-            table.add_row(row.method, str(row.blocks), f"[dim]{row.skipped[:60]}[/]")
+            table.add_row(row.method, str(row.blocks), "[dim]see below[/]")
             continue
         cells = [row.method, str(row.blocks)]
         for key in ("saved", "activations", "total"):
+            if key == "saved" and row.method == "checkpointed-bp":
+                cells += ["", ""]  # what is computed again is saved again, where this meter does not see it
+                continue
             value = getattr(row.found, key)
             cells += [human_bytes(value), f"[dim]{value / getattr(reference, key):.0%}[/]"]
         table.add_row(*cells, human_bytes(row.found.auxiliary))

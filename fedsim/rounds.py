@@ -89,6 +89,12 @@ class Loop:
         if task.data.forgotten is not None:
             idle = frozenset(np.flatnonzero(task.data.partition.sizes() == 0).tolist())
             self.who = grid.roster = replace(grid.roster, absent=idle)
+        if task.local is not None and task.local.differs and _averaged_by_flower(strategy):
+            raise UserError(
+                f"Flower's {type(strategy).__name__} averages replies that all have the same entries, but "
+                "with these [local] budgets clients share different auxiliary networks: set "
+                'auxiliary = "personal", or [strategy] name = "fedavg"'
+            )
         self.resumable = True
         self.recording = task.experiment.settings["checkpoints"]["record_updates"]
         evaluation = self.experiment.settings["evaluation"]
@@ -356,6 +362,10 @@ def lr_scale(schedule: dict[str, Any] | Any, server_round: int, rounds: int) -> 
     if kind == "step":
         return float(schedule["step_factor"] ** ((server_round - 1 - warmup) // schedule["step_every"]))
     return 1.0
+
+
+def _averaged_by_flower(strategy: Strategy) -> bool:
+    return type(strategy).aggregate_train.__module__.startswith("flwr.")
 
 
 def _first_line(text: str) -> str:

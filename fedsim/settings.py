@@ -81,8 +81,8 @@ def local_keys(
         ema: EMAs are rebuilt from what the server sends (`rebuild`), or `carry` on like the others.
         budgets: memory of clients in MB (10^6 bytes): client i has budgets[i mod n], for parameters,
             gradients, optimiser, auxiliary networks and activations together. It trains by back-propagation
-            if that fits, or else by the method with the fewest blocks that fit. A real node says its own:
-            `--node-config 'memory-budget=24.0'`.
+            if that fits, or else by the method, with so few blocks that one fewer would not fit. A real node
+            says its own: `--node-config 'memory-budget=24.0'`.
         fallbacks: methods for clients whose budget is too small for this one, in order (default: dgl,
             greedy).
     """
@@ -178,7 +178,7 @@ def payload(*, personal: list[str] | None = None) -> None:
 
     Args:
         personal: name patterns (`*` and `?`) of changing entries that never travel: they live in the
-            client's state. `["head.*"]` is FedPer, `["*.bn?.*"]` is FedBN.
+            client's state. `["head.*"]` is FedPer, `["*bn*", "*.shortcut.1.*"]` FedBN of a ResNet.
     """
 
 

@@ -51,6 +51,7 @@ class Task:
             networks belongs to `selection.shared`.
         compute: device and precision.
         scaler: of the losses of the client that trains; the training loop makes a fresh one for each.
+        anchors: while a client trains with a proximal term: what it was sent.
         constrain: called after every step of an optimiser: puts parameters back to where they must be.
     """
 
@@ -75,6 +76,7 @@ class Task:
         self.local = self._local()
         self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
         self.scaler = self.compute.scaler()
+        self.anchors: list[Tensor] = []
         self.constrain: Callable[[], None] | None = None
 
     def _local(self) -> Local | None:

@@ -48,6 +48,25 @@ def test_all_methods_and_why_one_cannot_be_had() -> None:
     assert "reconstructs images from feature maps" in rows[4].skipped
 
 
+def test_why_a_line_is_empty_stands_below_the_table(fedsim: Invoke) -> None:
+    result = fedsim("--methods", "all", "--blocks", "2,3")
+    lines = result.stdout.splitlines()
+    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("note"))]
+    assert max(map(len, table)) <= 80
+    assert all(head in table[0] for head in ("K", "saved", "activations", "total", "auxiliary"))
+    assert [line.split()[:4] for line in table if "infopro" in line] == [
+        ["infopro", "2", "see", "below"], ["infopro", "3", "see", "below"],
+    ]  # fmt: skip
+    assert "infopro 2, infopro 3: InfoPro reconstructs images" in result.stdout
+    assert [line.count("%") for line in table if "checkpointed" in line] == [2, 2]
+
+
+def test_cuts_have_a_line_of_their_own() -> None:
+    experiment = tiny(model=MODEL, local={"name": "dgl", "cuts": ["more.0"]})
+    rows = memory_cli.measure(experiment, ["dgl", "greedy"], [3])
+    assert [(row.method, row.blocks) for row in rows] == [("bp", 1), ("dgl", 3), ("dgl", 2), ("greedy", 3)]
+
+
 def test_the_experiments_own_options_count() -> None:
     def auxiliary(**options: str) -> int:
         experiment = tiny(model=MODEL, local={"name": "dgl", **options})
@@ -64,6 +83,8 @@ def test_the_experiments_own_options_count() -> None:
         (["--methods", "mann"], "did you mean 'man'"),
         (["--blocks", "2,x"], "whole numbers with commas between them"),
         (["--set", "tuning.name=head"], "nothing of this backbone trains"),
+        (["--blocks", "99"], "blocks = 99, but this backbone has 5 units"),
+        (["--blocks", "1"], "--blocks needs a number of at least 2"),
     ],
 )
 def test_mistakes(fedsim: Invoke, arguments: list[str], message: str) -> None:

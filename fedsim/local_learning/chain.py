@@ -108,8 +108,8 @@ class Chain:
         run = self.units[number].run
         if not isinstance(run, nn.Module):
             raise UserError(
-                f"unit {number} ({self.names[number]}) of this backbone is no single module and cannot be "
-                'copied: use a method without copies ("dgl", "infopro", "hpff")'
+                f"unit {number} ({self.names[number]}) of this backbone is not a module by itself (it may "
+                'need a mask) and cannot be copied: use a method without copies ("dgl", "greedy", "hpff")'
             )
         return run
 

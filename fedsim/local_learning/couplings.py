@@ -37,6 +37,7 @@ class Follower(nn.Module):
         self.momentum = momentum
         self.source = (source,)  # in a tuple: no submodule, its parameters are the backbone's
         self.twins = ((self.copy, source),)
+        self.begun = () if independent else self.twins
 
     def forward(self, x: Tensor) -> Tensor:
         """As the source."""
@@ -75,6 +76,7 @@ class Momentum(nn.Module):
         self.ema = Follower(unit, momentum, independent=independent)
         self.scale = nn.Parameter(torch.ones(1, device=_device(unit))) if scaled else None
         self.twins = () if isinstance(bias, ChannelBias) else ((bias, unit),)
+        self.begun = () if independent else self.twins  # those that begin with the unit's own values
 
     def forward(self, x: Tensor) -> Tensor:
         """z."""
@@ -119,6 +121,7 @@ class Leap(nn.Module):
         self.emas = nn.ModuleList(Follower(unit, momentum, independent=official) for unit in followed)
         self.share = 1.0 if official else 0.5
         self.twins = tuple(zip(self.steps, units, strict=True))
+        self.begun = () if official else self.twins
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, ...] -> shape as of the last unit."""
@@ -153,6 +156,15 @@ def same_mode(networks: nn.Module) -> None:
         for copy, live in getattr(part, "twins", ()):
             for mine, theirs in zip(copy.modules(), live.modules(), strict=True):
                 mine.training = theirs.training
+
+
+@torch.no_grad()
+def begin_as_live(networks: nn.Module) -> None:
+    """Every copy inside becomes its live module as it is now; those that begin at random stay."""
+    for part in networks.modules():
+        for copy, live in getattr(part, "begun", ()):
+            for mine, theirs in zip(copy.parameters(), live.parameters(), strict=True):
+                mine.copy_(theirs)
 
 
 def duplicate(module: nn.Module, *, independent: bool = False) -> nn.Module:

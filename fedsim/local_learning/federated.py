@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import UserError
+from fedsim.local_learning.couplings import begin_as_live
 from fedsim.local_learning.learner import LocallySupervised
 from fedsim.local_learning.memory import Bench, plan_for, within
 from fedsim.local_learning.objectives import Loss
-from fedsim.local_learning.plans import Plan, by_name
+from fedsim.local_learning.plans import Plan, by_name, check_blocks
 from fedsim.models.base import Classifier
 from fedsim.optimizers import make_optimizer
 
@@ -79,6 +80,8 @@ class Local:
         self.methods = list(dict.fromkeys([section.name, *fallbacks]))
         self.options = {name: section.options if name == section.name else {} for name in self.methods}
         self.client = experiment["client"].options
+        mu = [experiment[section].options.get("proximal_mu", 0) for section in ("client", "strategy")]
+        self.anchored = max(mu) > 0
         budgets = self.keys.get("budgets", [])
         if budgets and self.keys.keys() & {"blocks", "cuts"}:
             raise UserError("[local] budgets decide how many blocks a client has: leave out blocks and cuts")
@@ -94,6 +97,11 @@ class Local:
             if self.keys["auxiliary"] == "shared":
                 self.store |= {name: value.clone() for name, value in self._travelling().items()}
 
+    @property
+    def differs(self) -> bool:
+        """Whether clients share different parts of their auxiliary networks."""
+        return bool(self.store) and len(set(self._choices)) > 1
+
     # ------------------------------------------------------------------------------------ choices
 
     def choice(self, client: int) -> Choice:
@@ -104,6 +112,9 @@ class Local:
         """The choice of all clients where nobody has a budget."""
         name = self.methods[0]
         blocks, kind = self.keys.get("blocks"), self.keys["plan"]
+        if name == "bp":  # only to be measured
+            return Choice(name, (len(self.bench.chain) - 1,))
+        check_blocks(self.bench.chain, blocks or 2)
         if "cuts" in self.keys:
             plan = by_name(self.bench.chain, self.keys["cuts"])
             if blocks not in {None, len(plan)}:
@@ -123,7 +134,8 @@ class Local:
             return make_optimizer(parameters, name, lr=0.1, momentum=momentum)
 
         size = int(self.client.get("batch_size", 32))
-        return Bench(self.model, self.sample.expand(size, *self.sample.shape[1:]), optimizer, self.below)
+        sample = self.sample.expand(size, *self.sample.shape[1:])
+        return Bench(self.model, sample, optimizer, self.below, self.anchored)
 
     # ----------------------------------------------------------------------------------- learners
 
@@ -154,6 +166,8 @@ class Local:
         self.learner.auxiliary.train()
         self.learner.auxiliary.load_state_dict(self._start[self._now])
         mine = self._parameters()
+        if self.keys["auxiliary"] != "shared" and not mine.keys() & kept.keys():
+            begin_as_live(self.learner.auxiliary)  # new, perhaps after many rounds: not the units of round 0
         with torch.no_grad():
             for source in (kept, self.store):
                 for name in mine.keys() & source.keys():

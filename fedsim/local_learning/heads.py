@@ -110,8 +110,8 @@ class Decoder(nn.Module):
         if len(shape) != 3 or len(image) != 3:
             raise UserError(
                 f"InfoPro reconstructs images from feature maps; here a window puts out {list(shape)} and "
-                f'the inputs are {list(image)}: use base = "dgl" (and [features] cache = false if the '
-                "backbone's frozen part is cached)"
+                f'the inputs are {list(image)}: use name = "dgl", or base = "dgl" of another method (and '
+                "[features] cache = false if the backbone's frozen part is cached)"
             )
         self.size = image[1:]
         steps = 1 if max(image[1:]) <= _SMALL else max(1, round(math.log2(image[1] / shape[1])))

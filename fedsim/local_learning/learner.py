@@ -9,8 +9,9 @@ plain = model.inference_model()                        # the plain network, noth
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from fedsim.local_learning.couplings import Follower, same_mode
 from fedsim.local_learning.heads import needs_two
 from fedsim.local_learning.methods import Division, Method
 from fedsim.local_learning.objectives import Loss, Whole
-from fedsim.local_learning.plans import Plan, check_blocks, paper_plan, uniform
+from fedsim.local_learning.plans import Plan, check_blocks, check_plan, paper_plan, uniform
 from fedsim.local_learning.windows import Backward, Batch
 from fedsim.models.base import Classifier
 
@@ -73,12 +74,17 @@ class LocallySupervised(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(model, Classifier):
+            raise UserError(
+                f"a {type(model).__name__} is no fedsim.models.base.Classifier: wrap a backbone that has "
+                "`units()` and its head as Classifier(backbone, head) (docs/local_learning.md)"
+            )
         where = next(model.parameters()).device
-        if sample is None:
-            sample = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=where)
         self.model = model
-        self.chain = Chain(model, sample, below)
-        self.ends = plan if plan is not None else default_plan(self.chain, blocks)
+        self.chain = _chain_of_images(model, where, below) if sample is None else Chain(model, sample, below)
+        if blocks is None and plan is None and method != "bp":
+            check_blocks(self.chain, 2)
+        self.ends = default_plan(self.chain, blocks) if plan is None else check_plan(self.chain, plan)
         if blocks not in (None, len(self.ends)):
             raise UserError(f"blocks = {blocks}, but the plan has {len(self.ends)}")
         whole = len(self.ends) == 1
@@ -86,6 +92,7 @@ class LocallySupervised(nn.Module):
         with torch.device(where):
             found = build(Division(self.chain, self.ends), **({} if whole else options))
         self.windows = windows.in_order(found)
+        windows.check(self.windows, len(self.chain))
         self.auxiliary = nn.ModuleDict(
             {w.key(below): w.objective for w in self.windows if w.objective is not None}
         )
@@ -163,6 +170,8 @@ class LocallySupervised(nn.Module):
         Raises:
             UserError: a batch of 1 for heads that need two; clipping of all gradients with steps in between.
         """
+        if step not in get_args(Step) or clip < 0:
+            raise UserError(f'step is "joint" or "window" and clip at least 0, not {step!r} and {clip}')
         if clip > 0 and step == "window":
             raise UserError('clipping over all windows needs all gradients: use step = "joint", or clip = 0')
         optimizer.zero_grad(set_to_none=True)
@@ -175,8 +184,8 @@ class LocallySupervised(nn.Module):
         return self.gradients(inputs, labels, after=lambda number: self._step_of(number, optimizer))
 
     def inference_model(self) -> Classifier:
-        """The plain network: no auxiliary part, the same keys as before."""
-        return self.model.eval()
+        """A copy of the plain network in eval mode: no auxiliary part, the same keys as before."""
+        return copy.deepcopy(self.model).eval()
 
     def trainable(self) -> list[nn.Parameter]:
         """Auxiliary parameters that train."""
@@ -206,6 +215,17 @@ def default_plan(chain: Chain, blocks: int | None) -> Plan:
     count = min(4, len(chain)) if blocks is None else blocks
     check_blocks(chain, count)
     return paper_plan(chain, count) or uniform(len(chain), count)
+
+
+def _chain_of_images(model: Classifier, where: torch.device, below: int) -> Chain:
+    """A chain for the usual inputs, 32x32 RGB images."""
+    try:
+        return Chain(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=where), below)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"this model does not take 32x32 RGB images ({str(error).splitlines()[0]}): give "
+            "LocallySupervised one of its inputs, sample=x[:1]"
+        ) from error
 
 
 def _method(method: str | Method) -> Method:

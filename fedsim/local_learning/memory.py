@@ -11,7 +11,7 @@ Figures are for float32. On top of them come a library's own workspaces and, in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +53,14 @@ class Bench:
         sample: inputs of a batch [n, ...], any device: shape and dtype matter.
         optimizer: makes the client's optimiser.
         below: see `Chain`.
+        anchored: the client keeps a copy of what it was sent, for a proximal term.
     """
 
     model: Classifier
     sample: Tensor
     optimizer: Optimizer
     below: int = 0
+    anchored: bool = False
     _found: dict[Any, Footprint] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,11 +88,13 @@ class Bench:
         train = [p for p in learner.parameters() if p.requires_grad]
         tool = self.optimizer(train)
         fixed = [*learner.parameters(), *learner.buffers()]
-        with SavedMeter(fixed) as saved:
-            learner.local_step(self.sample, labels, tool)  # the optimiser's state is there afterwards
+        for parameter in train:
+            parameter.grad = torch.empty_like(parameter)
+        tool.step()  # the optimiser's state is there afterwards
         tool.zero_grad(set_to_none=True)
         state = [v for entry in tool.state.values() for v in entry.values() if isinstance(v, Tensor)]
-        with LiveMeter([*fixed, *state, self.sample, labels]) as live:
+        anchors = [torch.empty_like(p) for p in self.model.parameters() if p.requires_grad and self.anchored]
+        with LiveMeter([*fixed, *state, *anchors, self.sample, labels]) as live, SavedMeter(fixed) as saved:
             between = live.live
             learner.local_step(self.sample, labels, tool)
         tool.zero_grad(set_to_none=True)
@@ -193,6 +197,8 @@ def plan_for(bench: Bench, kind: str, method: str, blocks: int | None, options: 
     """A plan by the name that `[local] plan` gives it."""
     n = len(bench.chain)
     if kind == "units":
+        if blocks not in {None, n}:
+            raise UserError(f'[local] plan = "units" makes {n} blocks here: leave out blocks = {blocks}')
         return tuple(range(n))
     if kind == "uniform":
         check_blocks(bench.chain, blocks or 1)
@@ -208,7 +214,7 @@ def within(
     bench: Bench, budget: float, methods: Sequence[tuple[str, Mapping[str, Any]]], kind: str, who: str
 ) -> tuple[str, Plan]:
     """The first of these that a step of fits into a budget: back-propagation, then each method in turn, with
-    as few blocks as possible.
+    so few blocks that one fewer would not do.
 
     Args:
         bench: the model and the batch.
@@ -220,12 +226,15 @@ def within(
     Raises:
         UserError: nothing fits; names the smallest budget that would do.
     """
-    tried = []
-    for name, plan, options in _candidates(bench, methods, kind):
-        total = bench.measure(name, plan, options).total
-        if total <= budget:
+    units = len(bench.chain)
+    whole = bench.measure("bp", (units - 1,)).total
+    if whole <= budget:
+        return "bp", (units - 1,)
+    tried = [(whole, "bp", 1)]
+    for name, options in methods:
+        plan = _fewest(bench, budget, kind, name, options, tried)
+        if plan is not None:
             return name, plan
-        tried.append((total, name, len(plan)))
     total, name, blocks = min(tried)
     raise UserError(
         f"{who} has {budget / 1e6:.2f} MB, the smallest that this model trains in is {total / 1e6:.2f} MB "
@@ -234,16 +243,44 @@ def within(
     )
 
 
-def _candidates(
-    bench: Bench, methods: Sequence[tuple[str, Mapping[str, Any]]], kind: str
-) -> Iterator[tuple[str, Plan, Mapping[str, Any]]]:
-    yield "bp", (len(bench.chain) - 1,), {}
-    for name, options in methods:
-        for blocks in _ladder(len(bench.chain)):
-            yield name, plan_for(bench, kind, name, blocks, options), options
+def _fewest(
+    bench: Bench,
+    budget: float,
+    kind: str,
+    name: str,
+    options: Mapping[str, Any],
+    tried: list[tuple[int, str, int]],
+) -> Plan | None:
+    """A plan within a budget, of which one block fewer is not (None: every K takes more).
+
+    Args:
+        bench, budget, kind: see `within`.
+        name: of the method.
+        options: of the method.
+        tried: gets (total, name, K) of everything that was measured.
+    """
+    found: dict[int, tuple[int, Plan]] = {}
+
+    def fits(blocks: int) -> bool:
+        if blocks not in found:
+            try:
+                plan = plan_for(bench, kind, name, blocks, options)
+                found[blocks] = bench.measure(name, plan, options).total, plan
+            except UserError:  # it cannot be built, such as a cascade of more blocks than there are
+                return False
+            tried.append((found[blocks][0], name, blocks))
+        return found[blocks][0] <= budget
+
+    possible = range(2, len(bench.chain) + 1)
+    blocks = next(filter(fits, [*_ladder(len(bench.chain)), *possible]), None)
+    if blocks is None:
+        return None
+    while blocks - 1 in possible and fits(blocks - 1):
+        blocks -= 1
+    return found[blocks][1]
 
 
 def _ladder(units: int) -> list[int]:
-    """Numbers of blocks worth trying, ascending: 2, 3, 4, 6, 8, 12, 16, ... and every unit for itself."""
+    """Numbers of blocks to try first, ascending: 2, 3, 4, 6, 8, 12, 16, ... and every unit for itself."""
     steps = sorted({base * 2**power for power in range(10) for base in (2, 3)})
     return [*(step for step in steps if step < units), units] if units > 1 else []

@@ -73,6 +73,8 @@ def uniform(units: int, blocks: int) -> Plan:
 
 def check_blocks(chain: Chain, blocks: int) -> None:
     """Raise UserError unless the chain can be divided into so many blocks."""
+    if blocks < 1:
+        raise UserError(f"[local] blocks = {blocks} must be at least 1")
     if blocks > len(chain) == 1:
         raise UserError(
             f"[local] blocks = {blocks}, but this backbone is a single unit and cannot be cut: "
@@ -83,6 +85,21 @@ def check_blocks(chain: Chain, blocks: int) -> None:
             f"[local] blocks = {blocks}, but this backbone has {len(chain)} units that a cut may follow "
             f"({', '.join(chain.names[:4])}, ...); give at most {len(chain)}"
         )
+
+
+def check_plan(chain: Chain, plan: Plan) -> Plan:
+    """The plan, if it is one of this chain: ascending ends, the last unit at the end.
+
+    Raises:
+        UserError: it is not.
+    """
+    last = len(chain) - 1
+    if not plan or list(plan) != sorted(set(plan)) or plan[0] < 0 or plan[-1] != last:
+        raise UserError(
+            "a plan has the numbers of the units that blocks end at, ascending, up to the last "
+            f"({last} here), not {plan}"
+        )
+    return plan
 
 
 def by_name(chain: Chain, cuts: Sequence[str]) -> Plan:

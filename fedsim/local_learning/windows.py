@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fedsim.errors import UserError
 from fedsim.local_learning.chain import Chain, still
 from fedsim.local_learning.couplings import Follower
 
@@ -108,6 +109,35 @@ class Window:
 def in_order(windows: Sequence[Window]) -> list[Window]:
     """In the order in which they can run: every window starts where an earlier one has passed."""
     return sorted(windows, key=lambda w: (w.stop, w.start))
+
+
+def check(windows: Sequence[Window], units: int) -> None:
+    """Whether windows, in order, can train a chain of so many units.
+
+    Raises:
+        UserError: some units or the model's head are in no window, a window starts where none has been, or
+            two have the same place and kind.
+    """
+    if not any(window.objective is None and window.stop == units for window in windows):
+        raise UserError(
+            "no window of this method trains the model's head: one must go up to the last unit without an "
+            "objective of its own"
+        )
+    reached = {0}
+    for window in windows:
+        if not 0 <= window.start < window.stop <= units or window.start not in reached:
+            raise UserError(
+                f"a window over the units {window.start} to {window.stop - 1} cannot run: windows must "
+                "follow one another without a gap, each starting where an earlier one has been"
+            )
+        seen = window.checkpoints[-1] if window.checkpoints else window.start
+        reached |= set(range(seen + 1, window.stop + 1))
+    keys = [window.key(0) for window in windows if window.objective is not None]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice:
+        raise UserError(
+            f"two windows of this method have a network at '{twice}': give one of them a `kind` of its own"
+        )
 
 
 def run(

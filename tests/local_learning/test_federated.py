@@ -92,7 +92,7 @@ def test_a_client_begins_with_what_it_kept_and_a_rebuilt_ema() -> None:
     with torch.no_grad():
         task.model.backbone.more[0][0].weight.mul_(2.0)
     local.begin(1, {})
-    assert torch.equal(coupling.bias[0].weight, fresh)
+    assert torch.equal(coupling.bias[0].weight, 2.0 * fresh), "a new client's copy is the unit as it is now"
     assert torch.equal(coupling.ema.copy[0].weight, task.model.backbone.more[0][0].weight)
     local.begin(0, kept)
     assert torch.equal(coupling.bias[0].weight, fresh + 1.0)
@@ -233,6 +233,38 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_proximal_term_is_part_of_what_a_client_holds(tmp_path: Path) -> None:
+    """Foreseen and measured."""
+    rows = {}
+    for mu in (0.0, 0.1):
+        experiment = federation("rounds=1", f"client.proximal_mu={mu}", f"name=mu{mu:.0f}{mu * 10:.0f}")
+        folder = run(experiment, tmp_path).run.folder
+        row = next(row for row in _lines(folder / "clients.jsonl") if row["phase"] == "train")
+        local = local_of(build(experiment))
+        rows[mu] = row["peak_bytes"], local.bench.measure("man++", local.choice(0).plan).total
+    trained = sum(4 * p.numel() for p in build(federation()).model.parameters())
+    assert [b - a for a, b in zip(rows[0.0], rows[0.1], strict=True)] == [trained, trained]
+
+
+def test_fine_tuning_before_evaluation_takes_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that cannot afford back-propagation does not have to when it is measured."""
+    from clients import training
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("back-propagation")
+
+    monkeypatch.setattr(training.back_propagation, "__code__", refuse.__code__)
+    result = run(federation("evaluation.fine_tune=2"), tmp_path / "a")
+    assert np.isfinite(result.summary["loss"])
+    monkeypatch.undo()
+    assert (
+        result.summary["digest"]
+        == run(federation("evaluation.where=clients"), tmp_path / "b").summary["digest"]
+    )
+
+
 def test_a_real_nodes_own_budget_decides() -> None:
     """Whatever the experiment says of blocks and of other clients' budgets."""
     from fedsim.app import with_budget
@@ -261,11 +293,26 @@ def test_a_budget_that_is_too_small_is_refused_at_the_start(tmp_path: Path) -> N
         ({"name": "dgl", "cuts": ["more.7"]}, "full", "no unit 'more.7'"),
         ({"name": "dgl", "cuts": ["more.0"], "blocks": 3}, "full", "cuts make 2 blocks"),
         ({"name": "dgl", "blocks": 2, "budgets": [1.0]}, "full", "leave out blocks and cuts"),
+        ({"name": "dgl", "blocks": 2, "plan": "units"}, "full", 'plan = "units" makes 3 blocks here'),
     ],
 )
 def test_mistakes(local: dict[str, Any], tuning: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(tiny(model=MODEL, local=local, tuning={"name": tuning}))
+
+
+def test_flowers_strategies_cannot_average_networks_that_some_clients_lack(tmp_path: Path) -> None:
+    local = {"name": "dgl", "auxiliary": "shared", "budgets": [0.40, 0.265]}
+    experiment = tiny(
+        "rounds=1", model={"name": "cnn", "width": 8}, local=local, strategy={"name": "fedmedian"}
+    )
+    with pytest.raises(UserError, match="Flower's FedMedian averages replies that all have the same entries"):
+        run(experiment, tmp_path)
+
+
+def test_a_backbone_of_one_unit_is_not_trained_by_back_propagation_in_silence() -> None:
+    with pytest.raises(UserError, match="single unit"):
+        build(tiny(model={"name": "mlp", "hidden": 16, "layers": 2}, local={"name": "dgl"}))
 
 
 def test_a_last_batch_of_one_sample_trains(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim.errors import UserError
 from fedsim.local_learning import LocallySupervised
-from fedsim.local_learning.memory import Bench, Costs, balanced, balanced_below, within
+from fedsim.local_learning.memory import Bench, Costs, balanced, balanced_below, plan_for, within
 from fedsim.local_learning.meters import LiveMeter, SavedMeter
 from fedsim.models.base import Classifier
 from fedsim.models.resnet import resnet32
@@ -165,6 +165,32 @@ def test_balanced_cuts_beat_even_ones(bench: Bench) -> None:
 # ----------------------------------------------------------------------------------------- budgets
 
 METHODS = [("man++", {}), ("dgl", {}), ("greedy", {})]
+
+
+def test_a_budget_gets_a_plan_of_which_one_block_fewer_is_too_large(bench: Bench) -> None:
+    budget = bench.measure("dgl", plan_for(bench, "papers", "dgl", 7, {})).total
+    name, plan = within(bench, budget, [("dgl", {})], "papers", "client 0")
+    fewer = plan_for(bench, "papers", "dgl", len(plan) - 1, {})
+    assert name == "dgl"
+    assert bench.measure("dgl", plan).total <= budget < bench.measure("dgl", fewer).total
+
+
+def test_what_cannot_be_built_does_not_fit(bench: Bench) -> None:
+    """A cascade of three blocks needs three; a method that does not go with this model is left out."""
+    long = {"cascade": 3}
+    total = bench.measure("hpff", plan_for(bench, "papers", "hpff", 8, long), long).total
+    name, plan = within(bench, total, [("hpff", long)], "papers", "client 0")
+    assert name == "hpff"
+    assert len(plan) <= 8
+    assert within(bench, total, [("hpff", {"cascade": 99}), ("dgl", {})], "papers", "client 0")[0] == "dgl"
+
+
+def test_a_proximal_terms_copy_is_part_of_the_total(bench: Bench) -> None:
+    plan = (len(bench.chain) - 1,)
+    anchored = Bench(bench.model, bench.sample, bench.optimizer, anchored=True)
+    size = sum(4 * p.numel() for p in bench.model.parameters())
+    assert anchored.measure("bp", plan).total == bench.measure("bp", plan).total + size
+    assert anchored.measure("bp", plan).activations == bench.measure("bp", plan).activations
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])

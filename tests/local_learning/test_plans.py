@@ -96,6 +96,21 @@ def test_a_backbone_that_is_not_divided_says_how_to_divide_it() -> None:
         LocallySupervised(net, "dgl", 2, sample=torch.zeros(1, 3, 32, 32))
 
 
+def test_models_that_are_none_and_plans_that_do_not_fit() -> None:
+    net = Classifier(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3))
+    for arguments, options, message in (
+        ((torch.nn.Linear(3, 3), "dgl", 2), {}, "a Linear is no fedsim.models.base.Classifier"),
+        ((net, "dgl"), {"sample": torch.zeros(1, 3, 32, 32)}, "single unit"),
+        ((mlp(DIGITS, layers=3), "dgl", 2), {}, r"give LocallySupervised one of its inputs, sample=x"),
+        ((resnet32(), "dgl", 0), {}, "blocks = 0 must be at least 1"),
+        ((resnet32(), "dgl"), {"plan": (3, 2, 15)}, r"up to the last \(15 here\), not \(3, 2, 15\)"),
+        ((resnet32(), "dgl"), {"plan": (3,)}, r"up to the last \(15 here\)"),
+        ((resnet32(), "dgl"), {"plan": ()}, r"up to the last \(15 here\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LocallySupervised(*arguments, **options)  # type: ignore[arg-type]
+
+
 def test_one_sample_and_batchnorm_over_vectors() -> None:
     one = (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
     local = learner("dgl", 4)

@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedsim.errors import UserError
 from fedsim.local_learning import METHODS, LocallySupervised
 from fedsim.local_learning.couplings import Follower
+from fedsim.local_learning.heads import linear
+from fedsim.local_learning.methods import Division
+from fedsim.local_learning.objectives import Supervised
+from fedsim.local_learning.windows import Window
 from fedsim.models.base import Classifier
 from fedsim.models.resnet import resnet32
 from tests.local_learning.nets import LOCAL, batch, gradients, learner, small
@@ -162,7 +167,47 @@ def test_training_lowers_the_loss_of_the_tail(method: str) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_the_classifier_is_trained_in_place() -> None:
+def test_the_classifier_is_trained_in_place_and_what_is_left_is_a_copy() -> None:
+    """Looking at the plain network between two epochs changes nothing of training."""
+    images, labels = batch()
     net = small()
-    assert isinstance(learner("dgl").inference_model(), Classifier)
-    assert LocallySupervised(net, "dgl", 2).inference_model() is net
+    local = LocallySupervised(net, "man", 2, sample=images).train()
+    assert local.model is net
+    plain = local.inference_model()
+    assert isinstance(plain, Classifier)
+    assert not plain.training
+    before = plain(images).detach()
+    local.local_step(images, labels, sgd(local))
+    assert net.training
+    assert net.backbone.stem.bn.num_batches_tracked == 1
+    assert torch.equal(plain(images), before)
+    with pytest.raises(UserError, match=r'step is "joint" or "window"'):
+        local.local_step(images, labels, sgd(local), step="wndow")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([], "no window of this method trains the model's head"),
+        ([(0, 2, "a"), (2, 4, "b")], "no window of this method trains the model's head"),
+        ([(0, 1, "a"), (2, 4, None)], "a window over the units 2 to 3 cannot run"),
+        ([(0, 2, "a"), (1, 2, "a"), (2, 4, None)], "two windows of this method have a network at 'u1_a'"),
+    ],
+)
+def test_windows_of_a_method_of_ones_own_are_looked_at(
+    spans: list[tuple[int, int, str | None]], message: str
+) -> None:
+    def method(division: Division, /) -> list[Window]:
+        shapes = division.chain.outputs
+        return [
+            Window(
+                start,
+                stop,
+                None if kind is None else Supervised(linear(shapes[stop - 1], 10)),
+                kind=kind or "",
+            )
+            for start, stop, kind in spans
+        ]
+
+    with pytest.raises(UserError, match=message):
+        LocallySupervised(small(), method, 4, sample=batch()[0])
