@@ -61,8 +61,11 @@ def _forgotten_metrics(task: Task, forgotten: Forgotten, accuracy: float, count:
     """Forgotten classes are measured on their test samples (and on their part of the validation split),
     forgotten clients on their own training samples: nothing else tells them from the others.
     """
-    if not forgotten.classes:
-        measured = task.evaluate_training(forgotten.training.indices)
+    watch = task.experiment.settings["forget"].get("watch")
+    if watch == "clients" or not forgotten.classes:
+        rows = np.concatenate([forgotten.training.client(client) for client in forgotten.clients])
+        labels = np.asarray(task.data.arrays.train_y)[rows]
+        measured = task.evaluate_training(np.sort(rows[~forgotten.of_classes(labels)]))
         return {"forget_accuracy": measured["accuracy"], "retain_accuracy": accuracy}
     rows = np.flatnonzero(forgotten.of_classes(np.asarray(task.data.arrays.test_y)))
     measured = task.evaluate_test(rows)

@@ -75,10 +75,15 @@ def forget(
             kind: request.Kind = "class" if classes is not None else "client"
             words = [word.strip() for word in (classes or clients or "").split(",") if word.strip()]
             wanted = request.request_of(origin, kind, words)
-            methods = experiments.methods_of(wanted, method or experiments.DEFAULT[kind])
+            methods = experiments.methods_of(origin, wanted, method or experiments.DEFAULT[kind])
             chosen = name or f"{origin.run.folder.name}-forget-{wanted.label}"
             config.check_name(chosen, "--name")
             plan = sitting.plan_of(origin, wanted, overrides or [], origin.run.folder.parent / chosen)
+        if method == "all" and kind == "client" and "federaser" not in methods:
+            session.note(
+                "federaser is left out: it replays updates, which the run records with --set "
+                "checkpoints.record_updates=true (and none may be of classes that are forgotten since)"
+            )
         wish = sitting.Wish(
             methods, overrides or [], retrain=retrain, relearn=3 if relearn is None else relearn
         )

@@ -225,7 +225,11 @@ def compute(
 
 
 def forget(
-    *, classes: list[int] | None = None, clients: list[int] | None = None, relearn: bool = False
+    *,
+    classes: list[int] | None = None,
+    clients: list[int] | None = None,
+    relearn: bool = False,
+    watch: Literal["classes", "clients"] | None = None,
 ) -> None:
     """What nobody trains on (`fedsim forget` writes this section); it is measured all the same.
 
@@ -233,6 +237,7 @@ def forget(
         classes: positions of classes.
         clients: clients that do not take part.
         relearn: train on them after all, to see how fast they are learnt again.
+        watch: which of both `forget_accuracy` is of (default: the classes, if there are some).
     """
 
 

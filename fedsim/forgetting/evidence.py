@@ -66,6 +66,8 @@ class Examiner:
         self.retained_tests: Rows = np.flatnonzero(~lost.of_classes(test_y))
         classes = wanted.ids if wanted.kind == "class" else ()
         self.forgotten_tests: Rows = np.flatnonzero(np.isin(test_y, classes))
+        trigger = self.task.experiment.settings["backdoor"]
+        self.teacher = wanted.kind == "client" and trigger.get("client") in wanted.ids  #: of the trigger
         self.unseen = self.forgotten_tests if classes else self._like_forgotten(test_y)
 
     def _like_forgotten(self, test_y: Rows) -> Rows:
@@ -103,7 +105,7 @@ class Examiner:
                 test_y[rows],
             )
         trigger = self.task.experiment.settings["backdoor"]
-        if "client" in trigger:
+        if self.teacher:
             rows = np.flatnonzero(test_y != trigger["label"])
             changed = triggered(np.asarray(arrays.test_x[rows]), trigger["size"])
             answers = self._run(changed, np.arange(len(rows)))[1].argmax(1)
@@ -124,7 +126,7 @@ class Examiner:
             "retain_test": len(self.retained_tests),
             "forget_test": len(self.forgotten_tests),
             "probe": len(self.forgotten_tests),
-            "backdoor": len(self.unseen),
+            "backdoor": len(self.task.data.arrays.test_y),
         }
         return 1 / sizes[figure] if figure in sizes else 0.0
 

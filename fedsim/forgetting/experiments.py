@@ -18,19 +18,23 @@ _EVERYWHERE = ("engine", "compute")
 _RECOVER = ("patience", "tolerance", "forgotten")
 
 
+#: sections that may be set for a method's run; data, model and the like are those of the run that forgets
+_OWN = ("edit", "recover", "client", "schedule", "evaluation", "checkpoints", *_EVERYWHERE)
+
 #: method by kind of request
 DEFAULT: dict[Kind, str] = {"class": "prune", "client": "not"}
 
 
-def methods_of(request: Request, chosen: str) -> list[str]:
-    """The methods behind `--method`: names separated by commas, or `all`; each method once.
+def methods_of(origin: Origin, request: Request, chosen: str) -> list[str]:
+    """The methods behind `--method`: names separated by commas, or `all` that this run allows; each once.
 
     Raises:
         UserError: there is none of a name, or it does not know this kind of request.
     """
     known = METHODS[request.kind]
     if chosen == "all":
-        return list(known)
+        replays = bool(origin.root.updates()) and not origin.before("class")
+        return [name for name in known if name != "federaser" or replays]
     found = list(dict.fromkeys(name.strip() for name in chosen.split(",")))
     for name in found:
         if name in known or name in RETRAIN:
@@ -93,8 +97,6 @@ def _translated(override: str, document: Tables) -> str | None:
     if document["strategy"]["name"] != "unlearn":
         return None
     if section == "recover":
-        if key != "rounds" and key not in _RECOVER:
-            raise UserError(f"--set {override}: {nearest(key, ['rounds', *_RECOVER])}")
         return None if key == "rounds" else override.replace("recover.", "strategy.", 1)
     if section == "edit":
         known = _keys_of(document["strategy"]["edit"]["name"])
@@ -103,13 +105,22 @@ def _translated(override: str, document: Tables) -> str | None:
 
 
 def check_overrides(overrides: Sequence[str], methods: Sequence[str]) -> None:
-    """Raise UserError for an `edit.KEY` that none of the methods has."""
+    """Raise UserError for a key that none of the methods has, or that would change what is compared."""
     edits = set(methods) & set(registry.table("edits"))
     known = {key for name in edits for key in _keys_of(name)}
     for override in overrides:
         section, _, key = key_of(override).partition(".")
+        if section not in _OWN:
+            raise UserError(
+                f"--set {override}: data, model and recipe are those of the run that forgets; keys of "
+                f"{', '.join(_OWN)} may be set"
+            )
+        if section == "edit" and not known:
+            raise UserError(f"--set {override}: {', '.join(methods)} takes no keys of edit")
         if section == "edit" and key not in known:
             raise UserError(f"--set {override}: no such key in {', '.join(methods)}: {nearest(key, known)}")
+        if section == "recover" and key != "rounds" and key not in _RECOVER:
+            raise UserError(f"--set {override}: {nearest(key, ['rounds', *_RECOVER])}")
 
 
 def _keys_of(edit: str) -> Iterable[str]:

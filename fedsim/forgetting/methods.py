@@ -36,6 +36,8 @@ class Plan:
         partition.setdefault("seed", self.origin.experiment.seed)
         document["checkpoints"]["record_updates"] = False
         forget = {**document["forget"], **{key: sorted(ids) for key, ids in lost.items() if ids}}
+        if all(lost.values()):
+            forget["watch"] = KEYS[self.request.kind]
         return {**document, "name": name, "baselines": [], "forget": forget, **sections}
 
     def unlearn(self, name: str, edit: Tables, edit_rounds: int, rounds: int, **keys: Any) -> Tables:
@@ -87,8 +89,11 @@ def _retrained(name: str, seed: int) -> Callable[[Plan], Tables]:
 
 
 def _retrained_briefly(plan: Plan) -> Tables:
-    """As many rounds of training from the beginning as the others have for their recovery."""
-    return plan.document("retrain-short", rounds=plan.rounds)
+    """As many rounds of training from the beginning as the others have for their recovery.
+
+    With a seed of its own: with that of `retrain` it would be the first rounds of the reference itself.
+    """
+    return plan.document("retrain-short", rounds=plan.rounds, seed=plan.origin.experiment.seed + 2)
 
 
 def _rolled_back(plan: Plan) -> Tables:
@@ -100,9 +105,10 @@ def _rolled_back(plan: Plan) -> Tables:
     if first > 1:
         state = plan.folder / "roll-back-start.safetensors"
         start = {"origin": str(state.resolve()), "digest": _extract(root, first - 1, state)}
-    return plan.unlearn(
+    made = plan.unlearn(
         "roll-back", {"name": "none"}, 0, total - first + 1, first_round=first - 1, patience=0, **start
     )
+    return {**made, "seed": plan.origin.experiment.seed + 3}  # not the reference's own
 
 
 def _erased(plan: Plan) -> Tables:
@@ -113,6 +119,11 @@ def _erased(plan: Plan) -> Tables:
         raise UserError(
             f"{root.folder} recorded no updates, which method 'federaser' replays; run the experiment again "
             "with --set checkpoints.record_updates=true"
+        )
+    if plan.origin.before("class"):
+        raise UserError(
+            f"{root.folder} recorded updates that were trained on classes which are forgotten since; method "
+            "'federaser' would replay them: choose another method"
         )
     document = plan.document("federaser", rounds=count)
     client = dict(document["client"])
@@ -149,7 +160,7 @@ def relearn(plan: Plan, method: str, state: Path, digest: str, rounds: int) -> T
     """A few rounds with the data back, from the state that a method ended with."""
     linear = plan.request.kind == "class"
     document = plan.unlearn(
-        f"relearn-{method}",
+        f"relearn-{rounds}-{method}",
         {"name": "fresh-head" if linear else "none"},
         int(linear),
         rounds,
@@ -164,10 +175,12 @@ def _first_round(root: Run, plan: Plan) -> int:
     """The first round in which somebody trained on the data."""
     from fedsim.building import load_data
 
-    holders = set(plan.request.ids)
-    if plan.request.kind == "class":
+    lost = {kind: plan.origin.before(kind) for kind in KEYS}  # what went before must not come back, either
+    lost[plan.request.kind] += plan.request.ids
+    holders = set(lost["client"])
+    if lost["class"]:
         counts = load_data(plan.origin.experiment).class_counts()
-        holders = set(counts[:, list(plan.request.ids)].sum(1).nonzero()[0].tolist())
+        holders |= set(counts[:, lost["class"]].sum(1).nonzero()[0].tolist())
     rounds = [
         row["round"] for row in root.client_rows() if row["phase"] == "train" and row["client"] in holders
     ]

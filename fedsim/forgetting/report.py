@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsim.files import write_atomic
-from fedsim.forgetting.verdict import sentence
+from fedsim.forgetting.verdict import UNTOLD, sentence
 from fedsim.terminal import grid, human_bytes, human_seconds
 from fedsim.unlearning.metrics import amount_at
 
@@ -24,6 +24,7 @@ Report = Mapping[str, Any]
 FIGURES = {
     "forget train": "forget_train",
     "forget test": "forget_test",
+    "retain train": "retain_train",
     "retain test": "retain_test",
     "probe": "probe",
     "MIA loss": "mia_loss",
@@ -40,7 +41,10 @@ _SHORT = {
     "probe": "probe",
     "relearn": "relearn",
 }
+ACCURACIES = ("forget_train", "forget_test", "retain_train", "retain_test")
 _BARE = ("retrain", "retrain-2", "original")
+#: these begin with a model that knows nothing: what they learn is no rebound
+_UNTRAINED = ("retrain", "retrain-2", "retrain-short", "roll-back", "federaser")
 #: what a speed-up is counted in -> heading; samples first, because rounds and seconds depend on the cohort
 AMOUNTS = {"samples": "samples", "round": "rounds", "client_seconds": "client seconds", "bytes": "bytes"}
 
@@ -66,9 +70,10 @@ def markdown(report: Report) -> str:
     rows = [_figures(name, model, heads) for name, model in report["models"].items()]
     if report["floor"]:
         widths = {key: floor["width"] for key, floor in report["floor"].items()}
+        widths["js"] = report["js_between"]
         rows.append(["noise floor ±", *(_shown(widths, key) for key in heads.values()), ""])
     lines += _table(["model", *heads, "ToW"], rows)
-    lines += ["", *verdicts(report), ""]
+    lines += ["", *verdicts(report), "", *_differences(report)]
     lines += _table(
         ["model", "rounds", "samples", "client seconds", "bytes", "server storage"],
         [_costs(name, model) for name, model in report["models"].items()],
@@ -93,6 +98,8 @@ def verdicts(report: Report) -> list[str]:
     """One sentence a method."""
     if not report["floor"]:
         return [report["unknown"]]
+    if not report.get("telling", True):
+        return [UNTOLD]
     return [f"- {sentence(name, m)}" for name, m in report["models"].items() if name not in _BARE]
 
 
@@ -141,6 +148,20 @@ def _costs(name: str, model: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _differences(report: Report) -> list[str]:
+    """Accuracies less those of retraining."""
+    if "retrain" not in report["models"]:
+        return []
+    reference = report["models"]["retrain"]["figures"]
+    keys = {head: key for head, key in FIGURES.items() if key in ACCURACIES and key in reference}
+    rows = [
+        [name, *(f"{model['figures'][key] - reference[key]:+.3f}" for key in keys.values())]
+        for name, model in report["models"].items()
+        if name != "retrain"
+    ]
+    return ["Less those of retraining:", "", *_table(["model", *keys], rows), ""]
+
+
 def _speedup_table(report: Report) -> list[str]:
     """What retraining took to be within a point of its final retained accuracy, in units of each method."""
     if "retrain" not in report["models"]:
@@ -149,7 +170,7 @@ def _speedup_table(report: Report) -> list[str]:
     rows = []
     for name in edited(report):
         ratios = [speedup(report, name, level, amount) for amount in AMOUNTS]
-        rows.append([name, *(times(ratio) for ratio in ratios)])
+        rows.append([titled(report, name), *(times(ratio) for ratio in ratios)])
     said = (
         f"Retraining's cost of a retained accuracy of {level:.3f} (a point below its end), over the method's:"
     )
@@ -172,7 +193,11 @@ def _notes(report: Report) -> list[str]:
         "*JS* the divergence of outputs from the nearer retrained model; *relearn* the rounds with the data "
         "back until 90 % of the original accuracy on it (one more than were run: not reached).",
     ]
-    rebound = [name for name, m in report["models"].items() if _rebound(m.get("curve", [])) > 0.05]
+    rebound = [
+        name
+        for name, m in report["models"].items()
+        if name not in _UNTRAINED and _rebound(m.get("curve", [])) > 0.05
+    ]
     if rebound:
         notes += [
             "",
@@ -242,7 +267,8 @@ def draw_speedup(report: Report, path: Path) -> None:
         found = speedups(report, amount)
         for name in edited(report):  # those without points, too: a method has one colour in all panels
             points = found.get(name, [])
-            _line(axes, name, [level for level, _ in points], [ratio for _, ratio in points])
+            amounts = [ratio for _, ratio in points]
+            _line(axes, name, [level for level, _ in points], amounts, titled(report, name))
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(ylabel=f"{heading} of retraining / own")
         axes.set_yscale("log")
@@ -255,6 +281,11 @@ def draw_speedup(report: Report, path: Path) -> None:
 def edited(report: Report) -> list[str]:
     """Models that began as the original one: whose cost is compared with retraining's."""
     return [name for name, model in report["models"].items() if name not in _BARE and model.get("curve")]
+
+
+def titled(report: Report, name: str) -> str:
+    """A method's name, marked where it has not forgotten: what it saves is no speed-up."""
+    return name if report["models"][name].get("forgotten", True) else f"{name} (not forgotten)"
 
 
 def near_retraining(report: Report) -> float:
@@ -303,9 +334,9 @@ def speedup(report: Report, name: str, level: float, amount: str) -> float | Non
     return spent[0] / spent[1] if spent[1] else math.inf
 
 
-def _line(axes: Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:
+def _line(axes: Axes, name: str, x: Sequence[float], y: Sequence[float], label: str = "") -> None:
     style = {"retrain": ("black", "-"), "retrain-2": ("grey", "-"), "retrain-short": ("black", ":")}.get(name)
     if style is None:
-        axes.plot(x, y, marker=".", linewidth=1.2, label=name)
+        axes.plot(x, y, marker=".", linewidth=1.2, label=label or name)
     else:
-        axes.plot(x, y, marker=".", linewidth=1.2, label=name, color=style[0], linestyle=style[1])
+        axes.plot(x, y, marker=".", linewidth=1.2, label=label or name, color=style[0], linestyle=style[1])

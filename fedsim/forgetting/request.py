@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from fedsim.config import Experiment
 from fedsim.errors import UserError, nearest
 from fedsim.runs import Run
@@ -84,6 +86,11 @@ def opened(run: Run) -> Origin:
     if not path.is_file():
         return Origin(run, run.experiment())
     lineage = json.loads(path.read_text("utf-8"))
+    if run.experiment().settings["forget"].get("relearn"):
+        raise UserError(
+            f"{run.folder} learnt again what was forgotten, to measure how fast: forget from "
+            f"{lineage['origin']}, or from a method's folder beside it"
+        )
     return Origin(run, Run.open(Path(lineage["root"])).experiment(), lineage)
 
 
@@ -97,21 +104,32 @@ def request_of(origin: Origin, kind: Kind, words: Sequence[str]) -> Request:
 
     data = load_data(origin.experiment)
     classes = data.arrays.classes
+    if not words:
+        raise UserError(f"--{kind} is empty: say which, for example --{kind} 0")
     names = [str(n) for n in range(data.clients)] if kind == "client" else list(classes)
     ids = []
     for word in words:
-        if word.isdigit() and int(word) < len(names):
+        if word.isdecimal() and int(word) < len(names):
             ids.append(int(word))
         elif word in names:
             ids.append(names.index(word))
         else:
-            known = f"clients are 0 to {data.clients - 1}" if kind == "client" else nearest(word, names)
+            numbers = f"0 to {len(names) - 1}"
+            known = f"clients are {numbers}"
+            if kind == "class":
+                known = f"by number {numbers}, or by name: {nearest(word, names)}"
             raise UserError(f"--{kind} {word}: there is no such {kind}; {known}")
     chosen = tuple(sorted(set(ids)))
     counts = data.class_counts().sum(0)
     nobody = [names[i] for i in chosen if kind == "class" and not counts[i]]
     if nobody:
         raise UserError(f"--class {nobody[0]}: no client has samples of it; there is nothing to forget")
+    unmeasured = set(chosen) - set(np.unique(data.arrays.test_y).tolist()) if kind == "class" else set()
+    if unmeasured:
+        raise UserError(
+            f"--class {names[min(unmeasured)]}: there are no test samples of it, so forgetting could not be "
+            "measured"
+        )
     old = set(origin.before(kind)) & set(chosen)
     if old:
         raise UserError(f"{kind} {min(old)} is left out of {origin.run.folder} already")

@@ -7,6 +7,7 @@ interrupted goes on.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fedsim import config
 from fedsim.compare import differing
@@ -69,6 +71,8 @@ def sit(plan: Plan, wish: Wish, watch: Watch) -> Tables:
     experiments.check_overrides(wish.overrides, wish.methods)
     names = list(dict.fromkeys([*wish.methods, *(RETRAIN if wish.retrain else ())]))
     made = {name: experiments.experiment_of(plan, name, wish.overrides) for name in names}
+    if wish.relearn and plan.request.kind == "class":
+        _check_head(plan)
     runs = {}
     for name, experiment in made.items():
         runs[name] = _finished(plan, experiment, name, watch)
@@ -84,6 +88,22 @@ def sit(plan: Plan, wish: Wish, watch: Watch) -> Tables:
     return report
 
 
+def _check_head(plan: Plan) -> None:
+    """Raise UserError for a head whose rows for the classes cannot be begun anew."""
+    from fedsim import building
+    from fedsim.payload import select
+
+    experiment = plan.origin.experiment
+    model = building.build_model(experiment, building.load_data(experiment).info)
+    shared = {entry.name for entry in select(model, model.train_modules).shared}
+    if not isinstance(model.head, nn.Linear) or not {"head.weight", "head.bias"} <= shared:
+        raise UserError(
+            "how fast the class is learnt again is measured with new rows of a linear head that trains; this "
+            f"model has a {type(model.head).__name__} that is another kind or frozen: leave that out with "
+            "--relearn 0"
+        )
+
+
 def _finished(plan: Plan, experiment: Experiment, method: str, watch: Watch) -> Run:
     """The finished run of an experiment in its folder: as it is, gone on with, or new."""
     folder = plan.folder / experiment.name
@@ -91,7 +111,10 @@ def _finished(plan: Plan, experiment: Experiment, method: str, watch: Watch) -> 
         run = Run.open(folder)
         documents = [other.document() for other in (run.experiment(), experiment)]
         changed = differing(documents)
-        if changed:
+        if changed and not any(row["round"] for row in run.history()):
+            shutil.rmtree(folder)  # nothing was trained: a call that failed at its first round left it
+            run = Run.create(experiment, plan.folder)
+        elif changed:
             raise UserError(
                 f"{folder} holds another run (different: {', '.join(changed)}); give --name, or remove it"
             )

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedsim.forgetting.methods import RETRAIN
-from fedsim.forgetting.report import AMOUNTS, FIGURES, edited, near_retraining, speedup, times
+from fedsim.forgetting.report import AMOUNTS, FIGURES, edited, near_retraining, speedup, times, titled
 
 Report = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ def pace(report: Report) -> str:
     names = edited(report)
     levels = [step / 20 for step in range(10, 20) if step / 20 < end]  # 0.5, 0.55, ...
     wanted = [(level, "samples") for level in levels] + [(end, amount) for amount in AMOUNTS]
-    lines = [["retained accuracy reached", "counted in", *names]]
+    lines = [["retained accuracy reached", "counted in", *(titled(report, name) for name in names)]]
     for level, amount in wanted:
         ratios = [speedup(report, name, level, amount) for name in names]
         lines.append([f"{level:.3f}", AMOUNTS[amount], *(times(ratio) for ratio in ratios)])

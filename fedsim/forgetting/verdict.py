@@ -3,7 +3,11 @@
 Two models retrained with different seeds differ, too. Their distance in a figure, plus what one sample (of an
 AUC: two standard errors) makes, is the noise floor of that figure; of the divergence of outputs it is the one
 between the two. A method has forgotten when every figure of forgetting lies inside; else the report names
-those that do not. Without retrained models nothing of the kind can be said.
+those that do not. Without retrained models nothing of the kind can be said, nor where the original model
+itself lies inside: then these figures cannot tell one that saw the data from one that did not.
+
+The rule is strict: with figures that have no resolution of their own, as the divergence, a third honest
+retraining lies inside twice in three times (its distance is the largest of three as often as the others).
 """
 
 from __future__ import annotations
@@ -23,6 +27,10 @@ Tables = dict[str, Any]
 FORGETTING = ("forget_train", "forget_test", "probe", "mia_loss", "mia_model", "js", "relearn", "backdoor")
 PRICE = ("retain_train", "retain_test")
 
+UNTOLD = (
+    "cannot be told: the original model itself is inside the noise floor in every figure, so these figures "
+    "do not show whether a model saw the data"
+)
 UNKNOWN = (
     "unknown without retraining: what these figures are for a model that never saw the data, so neither "
     "whether they are low enough nor whether they are too low, and what was saved"
@@ -56,12 +64,15 @@ def judged(
             ]
             outside += ["js"] if figures["js"] > between else []
             model["outside"] = outside
-            model["forgotten"] = not set(outside) & set(FORGETTING)
+    telling = bool(set(models["original"]["outside"]) & set(FORGETTING))
+    for name, model in models.items():
+        if name not in RETRAIN:
+            model["forgotten"] = telling and not set(model["outside"]) & set(FORGETTING)
     shown = {
         key: {"retrain": floor.first, "retrain-2": floor.second, "width": floor.width}
         for key, floor in floors.items()
     }
-    return {**report, "floor": shown, "js_between": between}
+    return {**report, "floor": shown, "js_between": between, "telling": telling}
 
 
 _TOW = ("forget_train", "retain_train", "retain_test")
@@ -72,6 +83,7 @@ def sentence(name: str, model: Mapping[str, Any]) -> str:
     if model["forgotten"]:
         rest = [key for key in model["outside"] if key in PRICE]
         price = f"; the price: {', '.join(rest)} outside" if rest else ""
-        return f"{name}: forgotten: every figure of forgetting is inside the noise floor{price}"
+        without = "" if "relearn" in model["figures"] else " (rounds to relearn were not measured)"
+        return f"{name}: forgotten: every figure of forgetting is inside the noise floor{without}{price}"
     outside = ", ".join(key for key in model["outside"] if key in FORGETTING)
     return f"{name}: not shown to have left: outside the noise floor in {outside}"

@@ -19,7 +19,7 @@ from fedsim.finish import run_experiment
 from fedsim.forgetting import experiments, request, sitting
 from fedsim.forgetting.evidence import Examiner
 from fedsim.forgetting.methods import METHODS
-from fedsim.forgetting.report import markdown, speedup, speedups, times
+from fedsim.forgetting.report import markdown, speedup, speedups, times, titled, verdicts
 from fedsim.forgetting.verdict import judged, sentence
 from fedsim.runs import Run
 from tests.helpers import StopAt, tiny
@@ -163,7 +163,13 @@ def test_forgetting_on_top_of_forgetting_is_recorded(forget: Forget, runs: Path)
     [
         ([], "say what to forget: --class 9, --client 3, or --attribute gender"),
         (["--class", "1", "--client", "1"], "say what to forget"),
-        (["--class", "ten"], "there is no such class"),
+        (["--class", "ten"], "there is no such class; by number 0 to 9, or by name: "),
+        (["--class", "²"], "there is no such class"),
+        (["--class", ","], "--class is empty"),
+        (["--class", "1", "--set", "data.name=mnist-5k"], "are those of the run that forgets"),
+        (["--class", "1", "--set", "nonsense.key=3"], "are those of the run that forgets"),
+        (["--client", "1", "--method", "federaser", "--set", "recover.bogus=2"], "'rounds'"),
+        (["--client", "1", "--method", "not", "--set", "edit.ratio=0.2"], "not takes no keys of edit"),
         (["--class", "nin"], "did you mean 'nine'?"),
         (["--client", "3"], "clients are 0 to 2"),
         (["--class", "0,1,2,3,4,5,6,7,8,9"], "nothing would be left"),
@@ -200,6 +206,47 @@ def test_runs_that_cannot_forget(forget: Forget, runs: Path, tmp_path: Path) -> 
     assert "checkpoints.record_updates=true" in said
     (unfinished.folder / "state.safetensors").unlink()
     assert "has no final state" in forget(unfinished.folder, "--class", 1).stderr
+
+
+def test_a_value_that_failed_at_once_can_be_corrected(forget: Forget, runs: Path) -> None:
+    common = ("--class", 1, "--no-retrain", "--relearn", 0, "--set", "recover.rounds=1", "--name", "again")
+    failed = forget("tiny", *common, "--set", "edit.min_count=1000")
+    assert failed.exit_code == 2
+    assert (
+        "fewer than edit.min_count = 1000, so nothing can be said about its channels: lower it"
+        in failed.stderr
+    )
+    assert forget("tiny", *common, "--set", "edit.ratio=0.2").exit_code == 0
+    other = forget("tiny", *common, "--set", "edit.ratio=0.3")
+    assert "holds another run (different: strategy.edit.ratio)" in other.stderr
+
+
+def test_a_client_after_a_class_is_what_is_watched(forget: Forget, runs: Path) -> None:
+    less = ("--no-retrain", "--set", "recover.rounds=1")
+    first = forget("tiny", "--class", 4, "--method", "not", "--relearn", 0, *less)
+    assert first.exit_code == 0, first.output
+    origin = runs / "tiny-forget-class-4" / "not"
+    second = forget(origin, "--client", 1, "--method", "none", "--relearn", 1, *less)
+    assert second.exit_code == 0, second.output
+    folder = runs / "tiny-forget-class-4" / "not-forget-client-1"
+    report = json.loads((folder / "report.json").read_text())["models"]["none"]
+    # its own training samples, which the model of these few rounds mostly knows; class 4 would be near 0
+    assert report["curve"][-1]["forget_accuracy"] == pytest.approx(report["figures"]["forget_train"])
+    left_out = forget(origin, "--client", 1, "--method", "federaser", *less)
+    assert "trained on classes which are forgotten since" in left_out.stderr
+    again = forget(folder / "relearn-1-none", "--class", 3)
+    assert "learnt again what was forgotten" in again.stderr
+
+
+def test_heads_that_cannot_be_begun_anew_are_refused_before_anything_runs(
+    forget: Forget, tmp_path: Path
+) -> None:
+    clip = tiny("rounds=1", "name=clip", model={"name": "tiny-clip"})
+    run_experiment(clip, Run.create(clip, tmp_path))
+    said = forget(tmp_path / "clip", "--class", 1, "--method", "none", "--no-retrain")
+    assert said.exit_code == 2
+    assert "leave that out with --relearn 0" in said.stderr
+    assert not (tmp_path / "clip-forget-class-1").exists()
 
 
 def test_an_interrupted_sitting_goes_on(runs: Path, tmp_path: Path) -> None:
@@ -239,7 +286,8 @@ def _model(**figures: float) -> dict[str, Any]:
 
 
 def _judged(**methods: dict[str, Any]) -> dict[str, Any]:
-    models = {"retrain": _model(), "retrain-2": _model(probe=0.52), **methods}
+    models = {"original": _model(forget_train=1.0), "retrain": _model(), "retrain-2": _model(probe=0.52)}
+    models |= methods
     outputs = {name: np.array([[0.5, 0.5]]) for name in models}
     outputs["retrain-2"] = np.array([[0.6, 0.4]])
     return judged({"models": models}, outputs, lambda figure: 0.01)
@@ -255,6 +303,19 @@ def test_forgotten_is_said_inside_the_noise_floor_alone() -> None:
     assert "forgotten" not in sentence("hidden", models["hidden"])
     assert models["dear"]["forgotten"]
     assert "the price: retain_test outside" in sentence("dear", models["dear"])
+
+
+def test_nothing_is_said_where_the_original_model_would_pass(tmp_path: Path) -> None:
+    report = _judged(original=_model(), good=_model(), hidden=_model(probe=0.9))
+    assert not report["telling"]
+    assert not any(report["models"][name]["forgotten"] for name in ("original", "good", "hidden"))
+    said = verdicts(report)
+    assert len(said) == 1
+    assert said[0].startswith("cannot be told: the original model itself")
+    telling = _judged(good=_model(), hidden=_model(probe=0.9))
+    assert "rounds to relearn were not measured" in verdicts(telling)[0]
+    assert titled(telling, "hidden") == "hidden (not forgotten)"
+    assert titled(telling, "good") == "good"
 
 
 def test_speed_up_is_a_curve_over_retained_accuracy() -> None:
