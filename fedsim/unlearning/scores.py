@@ -149,8 +149,8 @@ def scores(
     present = counts >= max(min_count, 1)
     if not present[target]:
         raise UserError(
-            f"class {target} has {int(counts[target])} samples in all, fewer than edit.min_count = {min_count}, "
-            "so nothing can be said about its channels: lower it"
+            f"class {target} has {int(counts[target])} samples in all, fewer than edit.min_count = "
+            f"{min_count}, so nothing can be said about its channels: lower it"
         )
     shares = counts.clamp_min(1)[:, None]
     return {name: score(total.clamp_min(0) / shares, target, present, idf) for name, total in sums.items()}

@@ -131,7 +131,7 @@ def test_min_count_leaves_out_small_classes_and_refuses_a_small_target() -> None
     means = sums["l"] / counts[:, None]
     torch.testing.assert_close(few, score(means, 0, counts >= 5))
     assert not torch.equal(few, scores(sums, counts, 0)["l"])
-    with pytest.raises(UserError, match=r"class 1 has 3 samples .* min_count = 5"):
+    with pytest.raises(UserError, match=r"class 1 has 3 samples .* edit\.min_count = 5"):
         scores(sums, counts, 1, min_count=5)
 
 
