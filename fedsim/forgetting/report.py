@@ -284,8 +284,9 @@ def edited(report: Report) -> list[str]:
 
 
 def titled(report: Report, name: str) -> str:
-    """A method's name, marked where it has not forgotten: what it saves is no speed-up."""
-    return name if report["models"][name].get("forgotten", True) else f"{name} (not forgotten)"
+    """A method's name, marked where forgetting is not shown: what it saves is no speed-up."""
+    shown = name in _UNTRAINED or report["models"][name].get("forgotten", True)
+    return name if shown else f"{name} (forgetting not shown)"
 
 
 def near_retraining(report: Report) -> float:

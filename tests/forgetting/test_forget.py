@@ -314,7 +314,7 @@ def test_nothing_is_said_where_the_original_model_would_pass(tmp_path: Path) -> 
     assert said[0].startswith("cannot be told: the original model itself")
     telling = _judged(good=_model(), hidden=_model(probe=0.9))
     assert "rounds to relearn were not measured" in verdicts(telling)[0]
-    assert titled(telling, "hidden") == "hidden (not forgotten)"
+    assert titled(telling, "hidden") == "hidden (forgetting not shown)"
     assert titled(telling, "good") == "good"
 
 
