@@ -259,6 +259,7 @@ def draw_speedup(report: Report, path: Path) -> None:
     """How many times less than retraining, against the retained accuracy to be reached."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -272,6 +273,8 @@ def draw_speedup(report: Report, path: Path) -> None:
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(ylabel=f"{heading} of retraining / own")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # 6, not 6·10⁰
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     for axes in panels[1]:
         axes.set(xlabel="retained test accuracy to be reached")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
