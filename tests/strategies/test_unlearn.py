@@ -263,7 +263,7 @@ def test_recovery_has_the_schedule_to_itself(trained: Result, tmp_path: Path) ->
         ({}, ["model.width=4"], "does not fit the model"),
         ({}, ["tuning.name=head"], "does not fit the model"),
         ({}, ['payload.personal=["head.*"]'], "stay with the clients"),
-        ({"edit": {"name": "prune", "min_count": 500}}, [], "fewer than min_count = 500"),
+        ({"edit": {"name": "prune", "min_count": 500}}, [], "fewer than edit.min_count = 500"),
     ],
 )  # fmt: skip
 def test_mistakes(
