@@ -8,14 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fedsim import building, features, registry
 from fedsim.compute import Compute
 from fedsim.errors import UserError
-from fedsim.local_learning.memory import Bench, Footprint, plan_for
+from fedsim.local_learning.memory import Bench, Footprint, bench_of, plan_for
 from fedsim.local_learning.plans import Plan, by_name, check_blocks
-from fedsim.optimizers import make_optimizer
 from fedsim.payload import select
 from fedsim.terminal import grid, human_bytes
 
@@ -56,7 +53,7 @@ def measure(experiment: Experiment, methods: Sequence[str], blocks: Sequence[int
     names = [n for n in registry.table("local") if n != "bp"] if list(methods) == ["all"] else list(methods)
     for name in names:
         registry.resolve("local", name)
-    bench = bench_of(experiment)
+    bench = _bench(experiment)
     possible = [count for count in blocks if 1 < count <= len(bench.chain)]
     if not possible:
         for count in blocks:
@@ -90,21 +87,13 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
     return [f"{', '.join(who)}: {reason}" for reason, who in reasons.items()]
 
 
-def bench_of(experiment: Experiment) -> Bench:
-    """The experiment's tuned model on `meta`, with its client's batch and optimiser."""
+def _bench(experiment: Experiment) -> Bench:
+    """Of the experiment's own model and data."""
     data = building.load_data(experiment)
     model = building.build_model(experiment, data.info)
     changing = select(model, model.train_modules).changing
     cut = features.cut(experiment, model, data, changing, Compute())
-    client = experiment["client"].options
-    sample = features.example(model, Compute(), cut, data.arrays.train_x)
-    size = int(client.get("batch_size", 32))
-
-    def optimizer(parameters: list[Any]) -> torch.optim.Optimizer:
-        name, momentum = client.get("optimizer", "sgd"), client.get("momentum", 0.9)
-        return make_optimizer(parameters, name, lr=0.1, momentum=momentum)
-
-    return Bench(model, sample.expand(size, *sample.shape[1:]), optimizer, cut)
+    return bench_of(experiment, model, features.example(model, Compute(), cut, data.arrays.train_x), cut)
 
 
 def table_of(rows: Sequence[Row]) -> Table:

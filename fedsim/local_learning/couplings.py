@@ -50,11 +50,9 @@ class Follower(nn.Module):
         for mine, live in zip(self.copy.parameters(), self.source[0].parameters(), strict=True):
             mine.lerp_(live, 1 - self.momentum)
 
-    @torch.no_grad()
     def rebuild(self) -> None:
         """Become the source, as it is now."""
-        for mine, live in zip(self.copy.parameters(), self.source[0].parameters(), strict=True):
-            mine.copy_(live)
+        _become(self.copy, self.source[0])
 
 
 class Momentum(nn.Module):
@@ -158,13 +156,17 @@ def same_mode(networks: nn.Module) -> None:
                 mine.training = theirs.training
 
 
-@torch.no_grad()
 def begin_as_live(networks: nn.Module) -> None:
     """Every copy inside becomes its live module as it is now; those that begin at random stay."""
     for part in networks.modules():
         for copy, live in getattr(part, "begun", ()):
-            for mine, theirs in zip(copy.parameters(), live.parameters(), strict=True):
-                mine.copy_(theirs)
+            _become(copy, live)
+
+
+@torch.no_grad()
+def _become(copy: nn.Module, live: nn.Module) -> None:
+    for mine, theirs in zip(copy.parameters(), live.parameters(), strict=True):
+        mine.copy_(theirs)
 
 
 def duplicate(module: nn.Module, *, independent: bool = False) -> nn.Module:

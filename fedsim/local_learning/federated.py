@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from fedsim.errors import UserError
 from fedsim.local_learning.couplings import begin_as_live
 from fedsim.local_learning.learner import LocallySupervised
-from fedsim.local_learning.memory import Bench, plan_for, within
+from fedsim.local_learning.memory import bench_of, plan_for, within
 from fedsim.local_learning.objectives import Loss
 from fedsim.local_learning.plans import Plan, by_name, check_blocks
 from fedsim.models.base import Classifier
-from fedsim.optimizers import make_optimizer
 
 if TYPE_CHECKING:
     from fedsim.config import Experiment
@@ -79,13 +78,10 @@ class Local:
         fallbacks = self.keys.get("fallbacks", FALLBACKS)
         self.methods = list(dict.fromkeys([section.name, *fallbacks]))
         self.options = {name: section.options if name == section.name else {} for name in self.methods}
-        self.client = experiment["client"].options
-        mu = [experiment[section].options.get("proximal_mu", 0) for section in ("client", "strategy")]
-        self.anchored = max(mu) > 0
         budgets = self.keys.get("budgets", [])
         if budgets and self.keys.keys() & {"blocks", "cuts"}:
             raise UserError("[local] budgets decide how many blocks a client has: leave out blocks and cuts")
-        self.bench = self._make_bench()
+        self.bench = bench_of(experiment, model, sample, below)
         known = enumerate(budgets[: experiment.clients])
         self._choices = [self._affordable(mb, f"client {client}") for client, mb in known] or [self._fixed()]
         # all of them now: copies are of the units as they are before any training, in every process
@@ -125,17 +121,6 @@ class Local:
     def _affordable(self, megabytes: float, who: str) -> Choice:
         methods = [(name, self.options[name]) for name in self.methods]
         return Choice(*within(self.bench, megabytes * _MEGABYTE, methods, self.keys["plan"], who))
-
-    def _make_bench(self) -> Bench:
-        """Where steps are measured before they are taken."""
-
-        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            name, momentum = self.client.get("optimizer", "sgd"), self.client.get("momentum", 0.9)
-            return make_optimizer(parameters, name, lr=0.1, momentum=momentum)
-
-        size = int(self.client.get("batch_size", 32))
-        sample = self.sample.expand(size, *self.sample.shape[1:])
-        return Bench(self.model, sample, optimizer, self.below, self.anchored)
 
     # ----------------------------------------------------------------------------------- learners
 

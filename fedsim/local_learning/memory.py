@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from fedsim.local_learning.meters import LiveMeter, SavedMeter
 from fedsim.local_learning.plans import Plan, check_blocks, uniform
 from fedsim.local_learning.windows import Batch
 from fedsim.models.base import Classifier, set_train_mode
+from fedsim.optimizers import make_optimizer
+
+if TYPE_CHECKING:
+    from fedsim.config import Experiment
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -129,6 +133,26 @@ class Bench:
         learner.zero_grad(set_to_none=True)
         units = [now - before for now, before in zip(upto, [0, *upto], strict=False)]
         return Costs(tuple(units), tuple(behind), tuple(inputs))
+
+
+def bench_of(experiment: Experiment, model: Classifier, sample: Tensor, below: int) -> Bench:
+    """Where steps of an experiment's clients are measured: their batch, optimiser and proximal term.
+
+    Args:
+        experiment: of the clients.
+        model: tuned.
+        sample: one input as a batch has it [1, ...].
+        below: see `Chain`.
+    """
+    client = experiment["client"].options
+    mu = [experiment[section].options.get("proximal_mu", 0) for section in ("client", "strategy")]
+
+    def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        name, momentum = client.get("optimizer", "sgd"), client.get("momentum", 0.9)
+        return make_optimizer(parameters, name, lr=0.1, momentum=momentum)
+
+    size = int(client.get("batch_size", 32))
+    return Bench(model, sample.expand(size, *sample.shape[1:]), optimizer, below, max(mu) > 0)
 
 
 @dataclass(frozen=True)
