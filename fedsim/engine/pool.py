@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from fedsim.engine import cluster, objects
 from fedsim.engine import line as lines
 from fedsim.engine.line import Bell, HungUp, Line
+from fedsim.engine.sheet import Sheet, Stock, laid_out
 from fedsim.engine.worker import Failed, Order, Report, Setup, Worker
 from fedsim.errors import UserError
 
@@ -116,6 +117,7 @@ class Pool(Generic[Job]):
         self._bell = Bell()  #: rings when a worker answers through Ray that it is up
         self._rung = False
         self._near = self._lines = near and lines.POSSIBLE
+        self._stock = Stock()
         self._quiet_since = time.monotonic()
         for _ in range(self.size):
             self._start(fresh=False)
@@ -148,6 +150,14 @@ class Pool(Generic[Job]):
             elif slot.up and slot.line is None:
                 slot.up, slot.ready = False, self._told(slot.actor.listen.remote())
         return self._lines
+
+    def shared(self, parcel: objects.Parcel) -> Sheet:
+        """What workers with lines are to have in common; the caller gives it back.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        return self._stock.written(laid_out(objects.pack(parcel)))
 
     def submit(self, slot: Slot[Job], job: Job, order: Order, parcels: Sequence[Any]) -> None:
         """Give a worker one more call; of one that is gone `wait` will tell.
@@ -302,6 +312,7 @@ class Pool(Generic[Job]):
         if park:
             _parking[_kind(self._wanted)] = self._parked
         self._bell.close()
+        self._stock.close()
 
     def _start(self, *, fresh: bool) -> None:
         parked = not fresh and bool(self._parked)

@@ -252,7 +252,7 @@ class _Cargo:
         shared = {number for number in large if clients[number] > 1}
         lines = grid.pool.take_lines(wanted=len(shared) <= MOST and self.heaviest < _HEAVY)
         apart = shared if lines else large
-        put = _sheet_of if lines else ray.put
+        put = grid.pool.shared if lines else ray.put
         self._parcels = {n: parcel for n, parcel in enumerate(parcels) if n not in apart}
         self._apart: dict[int, Any] = {n: put(parcels[n]) for n in sorted(apart)}
         #: what a line brings for several clients a worker keeps, what Ray brings comes with every call
@@ -286,11 +286,7 @@ class _Cargo:
         """Give up what is shared; who uses it still has it."""
         for parcel in self._apart.values():
             if isinstance(parcel, Sheet):
-                parcel.close()
-
-
-def _sheet_of(parcel: objects.Parcel) -> Sheet:
-    return Sheet.of(objects.pack(parcel))
+                parcel.give_back()
 
 
 def _waves(exchange: Exchange) -> list[list[int]]:

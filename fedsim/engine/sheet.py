@@ -1,18 +1,20 @@
-"""Shared memory of the processes of one machine: written once, mapped by whoever has its descriptor.
+"""Shared memory of the processes of one machine: written by one, mapped by whoever has its descriptor.
 
     head:   lengths of the parts, int64          (their number first)
     parts:  a pickle, then the buffers that it leaves out, each at a multiple of 64 bytes
 
 A sheet is a file without a name (`memfd`): nothing is left behind, whoever dies, and the size of /dev/shm,
-64 MB in a container, is no limit.
+64 MB in a container, is no limit. Its pages are used over and over, for fresh ones cost more than what is
+written to them: a sheet is written again when all who read it have given it back.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from itertools import count
+from threading import Lock
 from weakref import WeakSet
 
 import numpy as np
@@ -23,8 +25,9 @@ from fedsim.engine.objects import Packed
 Views = tuple[memoryview, list[memoryview]]
 
 _ALIGNED = 64
-_PIECES = 512  #: of one call of the system, which takes 1,024
 _MAPPED = 256  #: sheets that a process has mapped at a time, for each is an open file; more are copied
+_KEPT = 64  #: sheets of a stock that may be used again
+_numbers = count()
 _maps: WeakSet[mmap.mmap] = WeakSet()
 
 
@@ -49,84 +52,135 @@ def taken_apart(whole: memoryview) -> Views:
     return head, buffers
 
 
-def write(pieces: Sequence[memoryview], some: Callable[[list[memoryview]], int]) -> None:
-    """Write all of the pieces.
-
-    Args:
-        pieces: none is empty.
-        some: writes as much of some pieces as it can, and says how much that was.
-    """
-    left = list(pieces)
-    while left:
-        written = some(left[:_PIECES])
-        gone = 0
-        while gone < len(left) and written >= left[gone].nbytes:
-            written -= left[gone].nbytes
-            gone += 1
-        left = left[gone:]
-        if written:
-            left[0] = left[0][written:]
-
-
 class Sheet:
-    """One of them.
+    """One of them, on the side that writes.
 
     Args:
-        fileno: its descriptor, which is closed with the sheet; what is mapped stays.
+        size: bytes.
+        again: it may be written again.
+
+    Attributes:
+        number: its own in this process.
+
+    Raises:
+        OSError: there is no memory for it.
     """
 
-    def __init__(self, fileno: int) -> None:
-        self._fileno = fileno
-
-    @classmethod
-    def of(cls, packed: Packed) -> Sheet:
-        """A pickle and its buffers.
-
-        Raises:
-            OSError: there is no memory for them.
-        """
-        return cls.holding(laid_out(packed))
-
-    @classmethod
-    def holding(cls, pieces: Sequence[memoryview]) -> Sheet:
-        """The same, laid out already."""
-        sheet = cls(os.memfd_create("fedsim"))
+    def __init__(self, size: int, *, again: bool) -> None:
+        self.number = next(_numbers)
+        self.size = size
+        self._again = again
+        self._users = 1
+        self._lock = Lock()
+        self._fileno = os.memfd_create("fedsim")
         try:
-            write(pieces, lambda some: os.writev(sheet.fileno(), some))
+            os.posix_fallocate(self._fileno, 0, size)  # no memory is an error here, not a signal later
+            self._bytes = mmap.mmap(self._fileno, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError:
-            sheet.close()
+            os.close(self._fileno)
             raise
-        return sheet
 
     def fileno(self) -> int:
         """Its descriptor."""
         return self._fileno
 
-    def read(self, *, shared: bool = False) -> Views:
-        """The pickle and its buffers.
+    def write(self, pieces: Sequence[memoryview]) -> None:
+        """Put pieces down from the beginning."""
+        at = 0
+        with memoryview(self._bytes) as there:
+            for piece in pieces:
+                there[at : at + piece.nbytes] = piece
+                at += piece.nbytes
+
+    @property
+    def free(self) -> bool:
+        """Nobody uses it, and it may be written again."""
+        return self._users == 0 and self._again
+
+    @property
+    def closed(self) -> bool:
+        """It is gone for whoever wrote it."""
+        return self._bytes.closed
+
+    def share(self) -> None:
+        """One more uses it."""
+        with self._lock:
+            self._users += 1
+
+    def give_back(self, *, known: bool = True) -> None:
+        """One less uses it.
 
         Args:
-            shared: others read it, too: the buffers cannot be written to.
+            known: what is written now does not change what somebody reads.
         """
-        size = os.fstat(self._fileno).st_size
-        if len(_maps) < _MAPPED:
-            access = mmap.PROT_READ if shared else mmap.PROT_READ | mmap.PROT_WRITE
-            found = mmap.mmap(self._fileno, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
-            _maps.add(found)
-            return taken_apart(memoryview(found))
-        copied = np.empty(size, np.uint8).data
-        at = 0
-        while at < size:
-            at += os.preadv(self._fileno, [copied[at:]], at)
-        return taken_apart(copied.toreadonly() if shared else copied)
+        with self._lock:
+            self._users -= 1
+            self._again = self._again and known
+            if self._users == 0 and not self._again:
+                self.close()
 
     def close(self) -> None:
-        """Give the descriptor up."""
-        with suppress(OSError):
+        """Give it up; who has mapped it still has it."""
+        if not self.closed:
+            self._bytes.close()
             os.close(self._fileno)
 
-    def __enter__(self) -> Sheet:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class Stock:
+    """The sheets of one writer: as many as were in use at a time, each as large as was needed."""
+
+    def __init__(self) -> None:
+        self._sheets: list[Sheet] = []
+
+    def written(self, pieces: Sequence[memoryview]) -> Sheet:
+        """A sheet with these pieces, which the caller gives back.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        sheet = self._taken(sum(piece.nbytes for piece in pieces))
+        sheet.write(pieces)
+        return sheet
+
+    def _taken(self, size: int) -> Sheet:
+        self._sheets = [sheet for sheet in self._sheets if not sheet.closed]
+        free = sorted((sheet for sheet in self._sheets if sheet.free), key=lambda sheet: sheet.size)
+        for sheet in free:
+            if sheet.size >= size:
+                sheet.share()
+                return sheet
+        if free:
+            free[-1].close()
+            self._sheets.remove(free[-1])
+        sheet = Sheet(size, again=len(self._sheets) < _KEPT)
+        self._sheets.append(sheet)
+        return sheet
+
+    def close(self) -> None:
+        """Give all of them up."""
+        for sheet in self._sheets:
+            sheet.close()
+        self._sheets = []
+
+
+def mapped(fileno: int, *, writable: bool) -> mmap.mmap | None:
+    """The memory behind a descriptor, or None where too much is mapped already.
+
+    Raises:
+        OSError: there are too many open files.
+    """
+    if len(_maps) >= _MAPPED:
+        return None
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    found = mmap.mmap(fileno, os.fstat(fileno).st_size, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
+    _maps.add(found)
+    return found
+
+
+def copied(fileno: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """The bytes behind a descriptor."""
+    found = np.empty(os.fstat(fileno).st_size, np.uint8)
+    at = 0
+    while at < len(found):
+        at += os.preadv(fileno, [found[at:].data], at)
+    return found

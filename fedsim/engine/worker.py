@@ -175,11 +175,7 @@ class Worker:
         for line, (head, buffers), sheets in self._door.orders():
             try:
                 order: Order = pickle.loads(head, buffers=[buffer.toreadonly() for buffer in buffers])
-                parcels = []
-                for sheet in sheets:
-                    with sheet:
-                        parcels.append(objects.unpack(sheet.read(shared=True)))
-                report: Report | Failed = self._run(order, parcels)
+                report: Report | Failed = self._run(order, [objects.unpack(sheet) for sheet in sheets])
             except Exception:
                 report = Failed(traceback.format_exc())
             with suppress(HungUp):

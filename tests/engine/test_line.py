@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -17,16 +16,15 @@ from fedsim.averaging import WeightedAverage
 from fedsim.engine import line as lines
 from fedsim.engine import objects
 from fedsim.engine.line import Bell, Door, HungUp, Line
-from fedsim.engine.sheet import Sheet
+from fedsim.engine.sheet import Stock, laid_out
 from tests.engine.ray_apps import noisy_app
 from tests.engine.test_ray import rounds
 
 
 def echo(door: Door) -> None:
     for line, (head, buffers), sheets in door.orders():
-        line.send((bytes(head), [pickle.PickleBuffer(buffer) for buffer in buffers]), sheets)
-        for sheet in sheets:
-            sheet.close()
+        found = objects.unpack((head, buffers)), [objects.unpack(sheet) for sheet in sheets]
+        line.send(objects.pack(found))
 
 
 @pytest.mark.parametrize("size", [30_000, 3_000_000])
@@ -43,7 +41,7 @@ def test_what_is_sent_arrives_whole_and_aligned(size: int) -> None:
         line.send(objects.pack(sent))
     for _ in range(3):
         packed, sheets = line.receive()
-        found = objects.unpack(packed)
+        found, _ = objects.unpack(packed)
         assert not sheets
         assert found["text"] == "x"
         assert all(map(np.array_equal, found["arrays"], sent["arrays"]))
@@ -56,39 +54,108 @@ def test_what_is_sent_arrives_whole_and_aligned(size: int) -> None:
 def test_sheets_come_along_and_leave_nothing_open() -> None:
     """Beside a small message and beside one that is a sheet itself; the same memory for whoever reads."""
     files = os.listdir("/proc/self/fd")
-    door = Door()
-    thread = threading.Thread(target=echo, args=[door])
+    door, stock = Door(), Stock()
+    orders: list[Any] = []
+
+    def read() -> None:
+        for line, message, sheets in door.orders():
+            orders.append((objects.unpack(message), [objects.unpack(sheet) for sheet in sheets]))
+            line.send(objects.pack("read"))
+
+    thread = threading.Thread(target=read)
     thread.start()
     line = Line.to(door.path)
     state = [np.arange(5.0), np.ones((2, 3), np.float32)]
-    with Sheet.of(objects.pack(state)) as sheet:
-        for size in (1, 1_000_000):
-            line.send(objects.pack(np.zeros(size)), [sheet, sheet])
-            packed, back = line.receive()
-            assert objects.unpack(packed).shape == (size,)
-            assert len(back) == 2
-            read = [objects.unpack(one.read(shared=True)) for one in back]
-            assert all(np.array_equal(a, b) for found in read for a, b in zip(found, state, strict=True))
-            assert not read[0][0].flags.writeable
-            mine = objects.unpack(sheet.read())
-            mine[0][3] = state[0][3] = 10.0 * size
-            assert read[1][0][3] == 10.0 * size
-            for one in back:
-                one.close()
-            del packed, read, mine
+    sheet = stock.written(laid_out(objects.pack(state)))
+    for size in (1, 1_000_000):
+        line.send(objects.pack(np.zeros(size)), [sheet])
+        line.receive()
+        message, [found] = orders.pop()
+        assert message.shape == (size,)
+        assert all(map(np.array_equal, found, state))
+        assert not found[0].flags.writeable
+        sheet._bytes[:] = sheet._bytes[::-1]
+        assert not np.array_equal(found[0], state[0])  # the same memory
+        sheet._bytes[:] = sheet._bytes[::-1]
+        del message, found
+    sheet.give_back()
+    stock.close()
     line.close()
     thread.join(timeout=10)
     assert os.listdir("/proc/self/fd") == files
 
 
+def test_a_sheet_is_written_again_when_nobody_reads_it() -> None:
+    """What is kept stays as it is, and is sent anew elsewhere; the rest takes no memory more than once."""
+    door = Door()
+    thread = threading.Thread(target=echo, args=[door])
+    thread.start()
+    line = Line.to(door.path)
+    kept: list[tuple[int, Any]] = []
+    for number in range(30):
+        line.send(objects.pack(np.full(300_000, float(number))))
+        found, _ = objects.unpack(line.receive()[0])
+        assert found.flags.writeable
+        assert (found == number).all()
+        if number in (3, 4, 20):
+            kept.append((number, found[:1000]))
+        del found
+    assert all((found == number).all() for number, found in kept)
+    assert len(line._mapped) <= len(kept) + 2
+    assert len(line._stock._sheets) <= 3
+    line.close()
+    thread.join(timeout=10)
+    assert all((found == number).all() for number, found in kept)
+
+
+def test_a_sheet_that_grows_replaces_a_smaller_one() -> None:
+    stock = Stock()
+    first = stock.written([memoryview(bytes(100))])
+    first.give_back()
+    second = stock.written([memoryview(bytes(50))])
+    assert second is first
+    third = stock.written([memoryview(b"x" * 200)])
+    assert third is not first
+    second.give_back()
+    third.give_back()
+    fourth = stock.written([memoryview(bytes(300))])
+    assert third.closed
+    assert not first.closed
+    fourth.share()
+    fourth.give_back(known=False)  # a reader that is gone may still look at it
+    fourth.give_back()
+    assert fourth.closed
+    assert stock.written([memoryview(bytes(10))]) is first
+    stock.close()
+    assert first.closed
+
+
+def test_more_sheets_than_may_be_kept_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.engine.sheet._KEPT", 1)
+    stock = Stock()
+    sheets = [stock.written([memoryview(bytes(10))]) for _ in range(3)]
+    for sheet in sheets:
+        sheet.give_back()
+    assert [sheet.closed for sheet in sheets] == [False, True, True]
+    stock.close()
+
+
 def test_more_sheets_than_may_be_open_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsim.engine.sheet._MAPPED", 1)
-    with Sheet.of(objects.pack(np.arange(9.0))) as sheet:
-        found = [objects.unpack(sheet.read(shared=True)) for _ in range(2)]
-        objects.unpack(sheet.read())[0] = 7.0  # a copy, too
-    assert [len(one) for one in found] == [9, 9]
-    assert found[0][0] == found[1][0] == 0.0
-    assert not any(one.flags.writeable for one in found)
+    monkeypatch.setattr("fedsim.engine.sheet._MAPPED", 2)
+    door = Door()
+    thread = threading.Thread(target=echo, args=[door])
+    thread.start()
+    line = Line.to(door.path)
+    kept = []
+    for number in range(6):
+        line.send(objects.pack(np.full(300_000, float(number))))
+        kept.append(objects.unpack(line.receive()[0])[0])
+        kept[-1][0] += 1  # a copy may be written to as well
+    assert [found[0] for found in kept] == [number + 1 for number in range(6)]
+    assert [found[1] for found in kept] == [*range(6)]
+    assert len(line._mapped) < 3
+    line.close()
+    thread.join(timeout=10)
 
 
 def test_who_hangs_up_is_heard() -> None:
@@ -124,7 +191,7 @@ def test_somebody_else_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HungUp):
         stranger.receive()
     line.send(objects.pack("hello"))
-    assert objects.unpack(line.receive()[0]) == "hello"
+    assert objects.unpack(line.receive()[0]) == ("hello", [])
     line.close()
     thread.join(timeout=10)
 
@@ -132,7 +199,7 @@ def test_somebody_else_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_a_message_is_none() -> None:
     door = Door()
     line = Line.to(door.path)
-    line._end.sendall(np.array([0, 100], np.int64).tobytes() + b"too little")
+    line._end.sendall(np.array([0, 0, 100], np.int64).tobytes() + b"too little")
     line.close()
     assert not [*door.orders()]
     other = Door()
