@@ -79,6 +79,8 @@ class BareGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
+Record = ArrayRecord | MetricRecord | ConfigRecord
+
 _PLAIN = "biufc"  #: kinds of dtypes whose names say everything
 
 
@@ -161,8 +163,11 @@ def lazy_codec() -> Iterator[None]:
 
     For the foreign apps that our engines run: `ArrayRecord(model.state_dict())` then costs one copy, not
     four. An Array still has `.data` for whoever reads it; `sendable` turns what leaves the context into
-    LazyArrays.
+    LazyArrays. It may be entered again inside.
     """
+    if "__getattr__" in Array.__dict__:
+        yield
+        return
     stock = Array.__dict__["from_numpy_ndarray"]
 
     def from_numpy_ndarray(cls: type[Array], ndarray: NDArray[Any]) -> Array:
@@ -190,12 +195,11 @@ def lazy_codec() -> Iterator[None]:
 
 def sendable(content: RecordDict) -> RecordDict:
     """The same records with every array as a numpy buffer, which pickles out of band, where it can be one."""
-    out = RecordDict()
-    for key, record in content.items():
+    out = dict(_data_of(content))
+    for key, record in out.items():
         if isinstance(record, ArrayRecord):
-            record = array_record({name: lazy(a) for name, a in record.__dict__["_data"].items()})
-        out[key] = record
-    return out
+            out[key] = array_record({name: lazy(a) for name, a in _data_of(record).items()})
+    return record_dict(out)
 
 
 class HollowArray(Array):
@@ -215,14 +219,12 @@ class HollowArray(Array):
 
 def hollow(content: RecordDict) -> RecordDict:
     """The same records without the values of arrays: their names, dtypes and shapes are left."""
-    left = RecordDict()
-    for key, record in content.items():
+    left = dict(_data_of(content))
+    for key, record in left.items():
         if isinstance(record, ArrayRecord):
-            record = array_record(
-                {name: HollowArray(a.dtype, tuple(a.shape), a.stype) for name, a in record.items()}
-            )
-        left[key] = record
-    return left
+            arrays = _data_of(record).items()
+            left[key] = array_record({k: HollowArray(a.dtype, tuple(a.shape), a.stype) for k, a in arrays})
+    return record_dict(left)
 
 
 def hollow_message(message: Message) -> Message:
@@ -279,14 +281,29 @@ def private_copy(content: RecordDict) -> RecordDict:
 
     Arrays themselves are shared: `.numpy()` hands out a private copy of the values.
     """
-    copied = RecordDict()
-    for key, record in content.items():
-        if isinstance(record, ArrayRecord):
-            copied[key] = array_record(record.__dict__["_data"].copy())
-        else:
-            values: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
-            copied[key] = MetricRecord(values) if isinstance(record, MetricRecord) else ConfigRecord(values)
+    return record_dict({key: _private_record(record) for key, record in _data_of(content).items()})
+
+
+def _private_record(record: Record) -> Record:
+    values = _data_of(record)
+    if isinstance(record, ArrayRecord):
+        return array_record(values.copy())
+    copied = MetricRecord() if isinstance(record, MetricRecord) else ConfigRecord()
+    copied.__dict__["_data"] = {k: list(v) if isinstance(v, list) else v for k, v in values.items()}
     return copied
+
+
+def _data_of(record: RecordDict | Record) -> dict[str, Any]:
+    """The dict inside of a record: going through the record itself takes several times as long."""
+    data: dict[str, Any] = record.__dict__["_data"]
+    return data
+
+
+def record_dict(records: dict[str, Record]) -> RecordDict:
+    """A RecordDict around a dict of records; filling one entry by entry checks each of them."""
+    made = RecordDict()
+    made.__dict__["_data"] = records
+    return made
 
 
 def array_record(arrays: dict[str, Array]) -> ArrayRecord:
@@ -298,7 +315,14 @@ def array_record(arrays: dict[str, Array]) -> ArrayRecord:
 
 def with_content(message: Message, content: RecordDict) -> Message:
     """The same message (same metadata) with another content."""
-    return Message(content, metadata=message.metadata)  # type: ignore[call-overload, no-any-return]
+    return _message(message.metadata, content)
+
+
+def _message(metadata: Metadata, content: RecordDict) -> Message:
+    """`Message(content, metadata=metadata)`, without ten checks of what is known."""
+    message = Message.__new__(Message)
+    message.__dict__.update(_metadata=metadata, _content=content, _error=None)
+    return message
 
 
 def with_error(message: Message, reason: str) -> Message:
@@ -316,7 +340,7 @@ def message_of(row: tuple[Any, ...], content: RecordDict) -> Message:
     """The message with a metadata row and a content."""
     metadata = Metadata.__new__(Metadata)
     metadata.__dict__.update(zip(_METADATA_FIELDS, row, strict=True))
-    return Message(content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+    return _message(metadata, content)
 
 
 #: attributes of a message's metadata, in order

@@ -256,10 +256,11 @@ def _rows_complaint(metrics: MetricRecord, like: Mapping[str, tuple[tuple[int, .
 def _array_complaint(arrays: object, like: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     if not isinstance(arrays, ArrayRecord):
         return f"no array record named '{ARRAYS}'"
-    needed = {name for name in like if not name.startswith(OPTIONAL)}
-    missing, extra = sorted(needed - set(arrays)), sorted(set(arrays) - set(like))
-    if missing or extra:
-        return f"wrong names (missing {missing[:3]}, unexpected {extra[:3]})"
+    if arrays.keys() != like.keys():
+        needed = {name for name in like if not name.startswith(OPTIONAL)}
+        missing, extra = sorted(needed - set(arrays)), sorted(set(arrays) - set(like))
+        if missing or extra:
+            return f"wrong names (missing {missing[:3]}, unexpected {extra[:3]})"
     for name, array in arrays.items():
         shape, dtype = like[name]
         if tuple(array.shape) != shape or array.dtype != dtype:

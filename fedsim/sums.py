@@ -11,9 +11,9 @@ own block and the result stays bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 Weighting = Literal["examples", "uniform"]
 
 _PIECE = 2**15  #: values that are worked on at a time
+_TOGETHER = 16  #: leaves that are summed in one pass
+_WAITING = 2**26  #: bytes of leaves that may wait for that; two wait in any case
 
 
 class Leaf(NamedTuple):
@@ -29,6 +31,18 @@ class Leaf(NamedTuple):
     values: Mapping[str, NDArray[Any]]
     weight: float
     rows: Mapping[str, NDArray[Any]] | None = None
+
+
+class Pair(NamedTuple):
+    """What two or more clients sent, not yet summed."""
+
+    left: Raw
+    right: Raw
+    clients: int
+    nbytes: int
+
+
+Raw: TypeAlias = Leaf | Pair
 
 
 @dataclass
@@ -67,24 +81,26 @@ class WeightedSum:
         )
 
     @classmethod
-    def of_two(cls, left: Leaf, right: Leaf) -> WeightedSum:
-        """`of(*left) + of(*right)`, bit for bit, in one pass over plain arrays."""
+    def of_raw(cls, node: Raw) -> WeightedSum:
+        """The sum of what some clients sent, along their tree: bit for bit `of` and `add`, in one pass."""
+        leaves = list(_leaves(node))
         plain = {
             name
-            for name, values in left.values.items()
-            if values.dtype.kind in "fc"
-            and values.flags.c_contiguous
-            and right.values[name].flags.c_contiguous
-            and name not in (left.rows or {})
-            and name not in (right.rows or {})
+            for name, values in leaves[0].values.items()
+            if values.dtype.kind == "f" and all(_is_plain(leaf, name) for leaf in leaves)
         }
-        rest = (
-            cls.of({k: v for k, v in leaf.values.items() if k not in plain}, leaf.weight, leaf.rows)
-            for leaf in (left, right)
-        )
-        both = next(rest).add(next(rest))
-        both.arrays |= {name: _scaled_sum(name, left, right) for name in plain}
-        return both
+        rest = cls._of_parts(node, plain)
+        pieces = [np.empty(_PIECE, np.float64) for _ in range(_height(node))]
+        rest.arrays |= {name: _scaled_sum(name, node, leaves, pieces) for name in plain}
+        return rest
+
+    @classmethod
+    def _of_parts(cls, node: Raw, without: Set[str]) -> WeightedSum:
+        """The same array after array, less some of them."""
+        if isinstance(node, Leaf):
+            values = {k: v for k, v in node.values.items() if k not in without}
+            return cls.of(values, node.weight, node.rows)
+        return cls._of_parts(node.left, without).add(cls._of_parts(node.right, without))
 
     def add(self, other: WeightedSum) -> WeightedSum:
         """`self + other`, into the buffers of `self` where they can be written to (both are given up)."""
@@ -119,21 +135,58 @@ class WeightedSum:
         return np.where(weights > 0, total / np.where(weights > 0, weights, 1), old[name]).astype(dtype)
 
 
-def _scaled_sum(name: str, left: Leaf, right: Leaf) -> NDArray[Any]:
-    """Σ weight·values of one array of two leaves, in pieces that stay in a core's cache."""
-    one, two = left.values[name].reshape(-1), right.values[name].reshape(-1)
-    total = np.empty(len(one), np.float64)
-    scaled = np.empty(min(_PIECE, len(one)), np.float64)
-    for start in range(0, len(one), _PIECE):
+def _leaves(node: Raw) -> Iterator[Leaf]:
+    """From left to right."""
+    if isinstance(node, Leaf):
+        yield node
+    else:
+        yield from _leaves(node.left)
+        yield from _leaves(node.right)
+
+
+def _height(node: Raw) -> int:
+    return 0 if isinstance(node, Leaf) else 1 + max(_height(node.left), _height(node.right))
+
+
+def _is_plain(leaf: Leaf, name: str) -> bool:
+    return leaf.values[name].flags.c_contiguous and name not in (leaf.rows or ())
+
+
+def _scaled_sum(
+    name: str, node: Raw, leaves: Sequence[Leaf], more: Sequence[NDArray[np.float64]]
+) -> NDArray[Any]:
+    """Σ weight·values of one array, in pieces that stay in a core's cache.
+
+    Args:
+        name: of the array.
+        node: in which order to add.
+        leaves: of the node, from left to right.
+        more: a piece of memory for each level of the node.
+    """
+    flat = [leaf.values[name].reshape(-1) for leaf in leaves]
+    total = np.empty(len(flat[0]), np.float64)
+    for start in range(0, len(total), _PIECE):
         out = total[start : start + _PIECE]
-        more = scaled[: len(out)]
+        parts = (values[start : start + _PIECE] for values in flat)
+        _fill(out, node, parts, [piece[: len(out)] for piece in more])
+    return total.reshape(leaves[0].values[name].shape)
+
+
+def _fill(
+    out: NDArray[np.float64],
+    node: Raw,
+    parts: Iterator[NDArray[Any]],
+    more: Sequence[NDArray[np.float64]],
+) -> None:
+    """Write the sum of the next parts."""
+    if isinstance(node, Leaf):
         # cast, then multiply in place: several times as fast as a multiplication that casts
-        np.copyto(out, one[start : start + _PIECE])
-        out *= left.weight
-        np.copyto(more, two[start : start + _PIECE])
-        more *= right.weight
-        out += more
-    return total.reshape(left.values[name].shape)
+        np.copyto(out, next(parts))
+        out *= node.weight
+    else:
+        _fill(out, node.left, parts, more[1:])
+        _fill(more[0], node.right, parts, more[1:])
+        out += more[0]
 
 
 def _quotient(total: NDArray[Any], weight: float, dtype: str) -> NDArray[Any]:
@@ -158,10 +211,10 @@ class TreeSum:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[int, int], WeightedSum | Leaf | None] = {}
+        self._parts: dict[tuple[int, int], WeightedSum | Raw | None] = {}
         self._height = 0
 
-    def add(self, part: WeightedSum | Leaf | None, index: int, level: int = 0) -> None:
+    def add(self, part: WeightedSum | Raw | None, index: int, level: int = 0) -> None:
         """Add one subtree (None: nothing there, which lets its sibling move up); no two may overlap."""
         self._height = max(self._height, level + index.bit_length())
         while (level, index ^ 1) in self._parts:
@@ -185,7 +238,7 @@ class TreeSum:
         part = self._take(self._height, 0)
         return None if part is None else _summed(part)
 
-    def _take(self, level: int, index: int) -> WeightedSum | Leaf | None:
+    def _take(self, level: int, index: int) -> WeightedSum | Raw | None:
         if (level, index) in self._parts:
             return self._parts.pop((level, index))
         if level == 0 or not self._parts:
@@ -193,15 +246,25 @@ class TreeSum:
         return plus(self._take(level - 1, 2 * index), self._take(level - 1, 2 * index + 1))
 
 
-def plus(left: WeightedSum | Leaf | None, right: WeightedSum | Leaf | None) -> WeightedSum | Leaf | None:
-    """`left + right`, where None is nothing."""
+def plus(left: WeightedSum | Raw | None, right: WeightedSum | Raw | None) -> WeightedSum | Raw | None:
+    """`left + right`, where None is nothing; few and small leaves are added later, in one pass."""
     if left is None or right is None:
         return left if right is None else right
-    if isinstance(left, Leaf) and isinstance(right, Leaf):
-        return WeightedSum.of_two(left, right)
-    return _summed(left).add(_summed(right))
+    if isinstance(left, WeightedSum) or isinstance(right, WeightedSum):
+        return _summed(left).add(_summed(right))
+    (one, size), (two, more) = _extent(left), _extent(right)
+    pair = Pair(left, right, one + two, size + more)
+    waits = 2 * pair.clients <= _TOGETHER and 2 * pair.nbytes <= _WAITING
+    return pair if waits else WeightedSum.of_raw(pair)
 
 
-def _summed(part: WeightedSum | Leaf) -> WeightedSum:
-    """A leaf as a sum; a sum as it is."""
-    return WeightedSum.of(*part) if isinstance(part, Leaf) else part
+def _extent(node: Raw) -> tuple[int, int]:
+    """Clients, bytes."""
+    if isinstance(node, Leaf):
+        return 1, sum(values.nbytes for values in node.values.values())
+    return node.clients, node.nbytes
+
+
+def _summed(part: WeightedSum | Raw) -> WeightedSum:
+    """What is not yet summed; a sum as it is."""
+    return part if isinstance(part, WeightedSum) else WeightedSum.of_raw(part)

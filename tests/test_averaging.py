@@ -51,8 +51,13 @@ def test_sums_over_aligned_blocks_give_the_same_bits(count: int, level: int) -> 
     assert whole.arrays["w"].tobytes() == folded.arrays["w"].tobytes()
 
 
-def test_leaves_added_in_place_give_the_same_bits() -> None:
-    """Whatever the layout of the arrays, with and without weights of rows, with holes."""
+@pytest.mark.parametrize(("together", "waiting"), [(16, 2**26), (4, 2**26), (16, 2**20), (2, 0)])
+def test_leaves_added_in_one_pass_give_the_same_bits(
+    together: int, waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the layout of the arrays, with and without weights of rows, with holes; however many wait."""
+    monkeypatch.setattr("fedsim.sums._TOGETHER", together)
+    monkeypatch.setattr("fedsim.sums._WAITING", waiting)
 
     def client(number: int) -> tuple[dict[str, np.ndarray], float, dict[str, np.ndarray]]:
         rng = np.random.default_rng(number)
@@ -82,17 +87,22 @@ def test_leaves_added_in_place_give_the_same_bits() -> None:
         }
 
 
-def test_a_pair_takes_the_memory_of_its_sum() -> None:
+@pytest.mark.parametrize(("waiting", "clients"), [(2**26, 16), (2**25, 8), (0, 2)])
+def test_leaves_that_wait_take_no_memory_and_then_that_of_their_sum(
+    waiting: int, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.sums._WAITING", waiting)
     values = {"w": np.ones(2**20, np.float32)}
     total = TreeSum()
     tracemalloc.start()
-    total.add_leaf(values, 1.0, 0)
-    first = tracemalloc.get_traced_memory()[1]
-    total.add_leaf(values, 2.0, 1)
-    second = tracemalloc.get_traced_memory()[1]
+    for position in range(clients - 1):
+        total.add_leaf(values, 1.0, position)
+    before = tracemalloc.get_traced_memory()[1]
+    total.add_leaf(values, 2.0, clients - 1)
+    after = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert first < values["w"].nbytes / 8
-    assert second < (2 + 1 / 8) * values["w"].nbytes
+    assert before < values["w"].nbytes / 8
+    assert 2 * values["w"].nbytes < after < (2 + 1 / 3) * values["w"].nbytes
 
 
 def test_mean_matches_float64_reference_and_casts_once() -> None:

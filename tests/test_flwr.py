@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -32,6 +32,36 @@ def test_a_record_is_a_dict_behind_checks() -> None:
     assert ours.is_dirty
     assert ours == stock
     assert ours.object_id == stock.object_id
+
+
+def test_copies_are_what_flower_would_make() -> None:
+    """Records and messages that are put together without Flower's checks."""
+    content = RecordDict({"arrays": ArrayRecord([np.ones(2)])})
+    content["config"] = ConfigRecord({"lr": 0.1, "layers": [1, 2]})
+    content["metrics"] = MetricRecord({"loss": 0.5, "losses": [0.5, 0.25]})
+    copied = _flwr.private_copy(content)
+    assert copied == content
+    assert copied.is_dirty
+    assert copied.object_id == content.object_id
+    assert {key: type(record) for key, record in copied.items()} == {k: type(v) for k, v in content.items()}
+    for key in ("config", "metrics"):
+        assert vars(copied[key]).keys() == vars(content[key]).keys()
+    copied["config"]["layers"].append(3)
+    copied["metrics"]["more"] = 1
+    del copied["arrays"]["0"]
+    assert content["config"] == {"lr": 0.1, "layers": [1, 2]}
+    assert "more" not in content["metrics"]
+    assert len(content["arrays"]) == 1
+    with pytest.raises(TypeError):
+        copied["config"]["lr"] = {}
+    with _flwr.acting_as_server(17):
+        message = Message(RecordDict(), dst_node_id=3, message_type="train")
+    stock = Message(content, metadata=message.metadata)  # type: ignore[call-overload]
+    ours = _flwr.with_content(message, content)
+    assert vars(ours) == vars(stock)
+    assert ours.is_dirty
+    assert ours.has_content()
+    assert not ours.has_error()
 
 
 def test_the_abstract_grid_is_what_we_implement() -> None:

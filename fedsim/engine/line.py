@@ -37,7 +37,7 @@ POSSIBLE = sys.platform == "linux"
 MOST = 64  #: sheets that may come along with a message; the system takes 253
 _CREDENTIALS = struct.Struct("3i")  #: process, user, group
 _START = struct.Struct("3q")  #: descriptors, bytes of the note, bytes of the message
-_LARGE = 2**20  #: bytes of a message that is a sheet
+_LARGE = 2**16  #: bytes of a message that is a sheet
 _PIECES = 512  #: of one call of the system, which takes 1,024
 
 

@@ -7,6 +7,7 @@ worker can be replaced at any moment and its block replayed.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import resource
@@ -159,6 +160,7 @@ class Worker:
 
             torch.set_num_threads(setup.threads)
         self.app = ray.cloudpickle.loads(setup.app)
+        gc.freeze()  # what is here stays: no garbage collection need look at it again
         return self.listen() if near else None
 
     def listen(self) -> str:
@@ -189,16 +191,17 @@ class Worker:
         contents = self._contents(order, parcels)
         report = Report()
         folder = None if order.fold is None else Folder(order.fold, start=order.items[0].position)
-        for item in order.items:
-            message = _flwr.message_of(item.metadata, contents[item.content])
-            state = order.states.get(item.client)
-            reply, after = self._answer(item, message, state)
-            if state is not None or not is_empty(after):
-                report.states[item.client] = after
-            if folder is not None:
-                report.left.append(folder.add(item.position, reply))
-            else:
-                report.replies.append((item.position, reply))
+        with _flwr.lazy_codec():  # once for all of them
+            for item in order.items:
+                message = _flwr.message_of(item.metadata, contents[item.content])
+                state = order.states.get(item.client)
+                reply, after = self._answer(item, message, state)
+                if state is not None or not is_empty(after):
+                    report.states[item.client] = after
+                if folder is not None:
+                    report.left.append(folder.add(item.position, reply))
+                else:
+                    report.replies.append((item.position, reply))
         signal.setitimer(signal.ITIMER_REAL, 0)
         if folder is not None:
             report.total = folder.tree.total()
