@@ -53,10 +53,12 @@ __all__ = [
     "Run",
     "TaskIdentity",
     "acting_as_server",
+    "data_of",
     "lazy_codec",
     "numpy_view",
     "private_copy",
     "quiet",
+    "record_dict",
     "sendable",
     "set_message_id",
     "with_content",
@@ -176,13 +178,13 @@ def lazy_codec() -> Iterator[None]:
             return made
         return LazyArray(ndarray.copy("F" if ndarray.flags.fnc else "C"))  # the order that np.save keeps
 
-    def data_of(array: Array, name: str) -> bytes:
+    def saved_of(array: Array, name: str) -> bytes:
         if name != "data" or "values" not in array.__dict__:
             raise AttributeError(name)
         return _saved(array)
 
     Array.from_numpy_ndarray = classmethod(from_numpy_ndarray)  # type: ignore[method-assign, assignment]
-    Array.__getattr__ = data_of  # type: ignore[attr-defined]
+    Array.__getattr__ = saved_of  # type: ignore[attr-defined]
     typed: Any = typeddict
     named, typed.Callable = typed.Callable, _Unnamed()
     try:
@@ -195,10 +197,10 @@ def lazy_codec() -> Iterator[None]:
 
 def sendable(content: RecordDict) -> RecordDict:
     """The same records with every array as a numpy buffer, which pickles out of band, where it can be one."""
-    out = dict(_data_of(content))
+    out = dict(data_of(content))
     for key, record in out.items():
         if isinstance(record, ArrayRecord):
-            out[key] = array_record({name: lazy(a) for name, a in _data_of(record).items()})
+            out[key] = array_record({name: lazy(a) for name, a in data_of(record).items()})
     return record_dict(out)
 
 
@@ -219,10 +221,10 @@ class HollowArray(Array):
 
 def hollow(content: RecordDict) -> RecordDict:
     """The same records without the values of arrays: their names, dtypes and shapes are left."""
-    left = dict(_data_of(content))
+    left = dict(data_of(content))
     for key, record in left.items():
         if isinstance(record, ArrayRecord):
-            arrays = _data_of(record).items()
+            arrays = data_of(record).items()
             left[key] = array_record({k: HollowArray(a.dtype, tuple(a.shape), a.stype) for k, a in arrays})
     return record_dict(left)
 
@@ -281,11 +283,11 @@ def private_copy(content: RecordDict) -> RecordDict:
 
     Arrays themselves are shared: `.numpy()` hands out a private copy of the values.
     """
-    return record_dict({key: _private_record(record) for key, record in _data_of(content).items()})
+    return record_dict({key: _private_record(record) for key, record in data_of(content).items()})
 
 
 def _private_record(record: Record) -> Record:
-    values = _data_of(record)
+    values = data_of(record)
     if isinstance(record, ArrayRecord):
         return array_record(values.copy())
     copied = MetricRecord() if isinstance(record, MetricRecord) else ConfigRecord()
@@ -293,7 +295,7 @@ def _private_record(record: Record) -> Record:
     return copied
 
 
-def _data_of(record: RecordDict | Record) -> dict[str, Any]:
+def data_of(record: RecordDict | Record) -> dict[str, Any]:
     """The dict inside of a record: going through the record itself takes several times as long."""
     data: dict[str, Any] = record.__dict__["_data"]
     return data

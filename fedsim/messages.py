@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fedsim._flwr import LazyArray, numpy_view
+from fedsim._flwr import LazyArray, data_of, numpy_view
 from fedsim.errors import UserError
 from fedsim.sums import WeightedSum, Weighting
 
@@ -72,7 +72,7 @@ def arrays_of(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 def views_of(record: ArrayRecord) -> dict[str, NDArray[Any]]:
     """ArrayRecord -> read-only numpy views by name."""
-    return {name: numpy_view(array) for name, array in record.items()}
+    return {name: numpy_view(array) for name, array in data_of(record).items()}
 
 
 def nbytes(content: RecordDict, half: frozenset[str] = frozenset()) -> int:
@@ -256,12 +256,13 @@ def _rows_complaint(metrics: MetricRecord, like: Mapping[str, tuple[tuple[int, .
 def _array_complaint(arrays: object, like: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
     if not isinstance(arrays, ArrayRecord):
         return f"no array record named '{ARRAYS}'"
-    if arrays.keys() != like.keys():
+    found = data_of(arrays)
+    if found.keys() != like.keys():
         needed = {name for name in like if not name.startswith(OPTIONAL)}
-        missing, extra = sorted(needed - set(arrays)), sorted(set(arrays) - set(like))
+        missing, extra = sorted(needed - found.keys()), sorted(found.keys() - like.keys())
         if missing or extra:
             return f"wrong names (missing {missing[:3]}, unexpected {extra[:3]})"
-    for name, array in arrays.items():
+    for name, array in found.items():
         shape, dtype = like[name]
         if tuple(array.shape) != shape or array.dtype != dtype:
             return f"'{name}' is {array.dtype}{tuple(array.shape)}, expected {dtype}{shape}"

@@ -7,12 +7,16 @@ is free takes the next one, and nobody waits long for the last, though no client
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 _SMALLEST = 0.03  #: of a worker's even share of all work: no smaller block is needed
+_FINER = (1, 2, 4, 8)  #: times that blocks are cut finer than an even share
+_EVEN = 1.01  #: times the shortest possible time is short enough
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,25 @@ class Block:
 def blocks(work: Sequence[float], workers: int, highest: int = 64) -> list[Block]:
     """Cut positions 0 … n-1 into blocks, in the order in which they should start.
 
+    They are cut finer until the workers, each as fast as the others, would end at about the same time.
+
     Args:
         work: of each position, in any unit.
         workers: how many work at a time.
         highest: level that no block exceeds.
     """
-    count = len(work)
     ends = np.concatenate([[0.0], np.cumsum(np.asarray(work, dtype=np.float64))])
-    total = float(ends[-1])
+    least = max(float(ends[-1]) / workers, float(np.max(work, initial=0.0)))
+    for finer in _FINER:
+        found, amounts = _cut(ends, workers * finer, highest)
+        if _longest(amounts, workers) <= _EVEN * least:
+            break
+    return found
+
+
+def _cut(ends: NDArray[np.float64], shares: int, highest: int) -> tuple[list[Block], list[float]]:
+    """Blocks with at most an even share of what is left, the largest first, and their work."""
+    count, total = len(ends) - 1, float(ends[-1])
 
     def amount(block: Block) -> float:
         places = block.positions(count)
@@ -58,9 +73,18 @@ def blocks(work: Sequence[float], workers: int, highest: int = 64) -> list[Block
         block = waiting.pop()
         if block.start >= count:
             continue
-        largest = max(total - ends[block.start], _SMALLEST * total) / workers
+        largest = max(total - ends[block.start], _SMALLEST * total) / shares
         if block.level == 0 or (block.level <= highest and amount(block) <= largest):
             found.append(block)
         else:
             waiting.extend(reversed(block.halves()))
-    return sorted(found, key=amount, reverse=True)  # stable: equal ones in order of position
+    found.sort(key=amount, reverse=True)  # stable: equal ones in order of position
+    return found, [amount(block) for block in found]
+
+
+def _longest(amounts: Sequence[float], workers: int) -> float:
+    """Work of the worker with the most, if whoever is free takes the next block."""
+    taken = [0.0] * workers
+    for amount in amounts:
+        heapq.heapreplace(taken, taken[0] + amount)
+    return max(taken)

@@ -18,13 +18,11 @@ import pickle
 import socket
 import struct
 import sys
-import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
-from queue import SimpleQueue
 from typing import NamedTuple
 from weakref import finalize
 
@@ -37,7 +35,7 @@ POSSIBLE = sys.platform == "linux"
 MOST = 64  #: sheets that may come along with a message; the system takes 253
 _CREDENTIALS = struct.Struct("3i")  #: process, user, group
 _START = struct.Struct("3q")  #: descriptors, bytes of the note, bytes of the message
-_LARGE = 2**16  #: bytes of a message that is a sheet
+_LARGE = 2**16  #: bytes of a message that is a sheet; no smaller one has to wait for its reader
 _PIECES = 512  #: of one call of the system, which takes 1,024
 
 
@@ -285,24 +283,11 @@ class Door:
         self._listening.listen()
 
     def orders(self) -> Iterator[tuple[Line, Views, list[Views]]]:
-        """What comes over the line, with the line to answer on, until the driver hangs up.
-
-        A thread takes orders off the line while the caller works, so that neither end ever waits for the
-        other to read.
-        """
+        """What comes over the line, with the line to answer on, until the driver hangs up."""
         line = self._opened()
-        waiting: SimpleQueue[tuple[Views, list[Views]] | None] = SimpleQueue()
-
-        def read() -> None:
-            try:
-                while True:
-                    waiting.put(line.receive())
-            except HungUp:
-                waiting.put(None)
-
-        threading.Thread(target=read, name="orders", daemon=True).start()
-        while (order := waiting.get()) is not None:
-            yield line, *order
+        with suppress(HungUp):
+            while True:
+                yield line, *line.receive()
         line.close()
 
     def _opened(self) -> Line:

@@ -42,8 +42,8 @@ from fedsim.ranges import Count, Positive
 #: bytes; less is not worth shared memory: it goes with the first call that a worker gets in a send
 _SMALL = 2 * 2**20
 #: bytes; what clients send is expected to be as much as they get, and of more than this a worker does not
-#: keep the replies, or the float64 sums, of a larger block; such contents go through Ray's store, whose pages
-#: are used over and over: sheets are made of fresh ones, which is slower where nothing else takes time
+#: keep the replies, or the float64 sums, of a larger block; such contents go through Ray's store, which
+#: has a limit and the disk beyond it; sheets have neither
 _HEAVY = 16 * 2**20
 
 _numbers = count()  #: of sends in this process

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -15,6 +13,7 @@ from flwr.serverapp import ServerApp
 
 from fedsim import _flwr, registry
 from fedsim.engine.grid import BaseGrid, derive_seed, generators_restored, seed_everything
+from fedsim.engine.process import for_rounds
 from fedsim.errors import UserError, nearest
 
 _running = threading.Lock()
@@ -69,7 +68,7 @@ def simulate(
         if prepare is not None:
             prepare(grid)
         context = _flwr.context(run_id, _flwr.SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config or {}))
-        with _flwr.acting_as_server(run_id), generators_restored(), _garbage_of_its_own():
+        with _flwr.acting_as_server(run_id), generators_restored(), for_rounds():
             seed_everything(derive_seed("server", seed))
             server_app(grid, context)
         return context
@@ -77,18 +76,3 @@ def simulate(
         if grid is not None:
             grid.close()
         _running.release()
-
-
-@contextmanager
-def _garbage_of_its_own() -> Iterator[None]:
-    """Garbage collections inside pass over all that was there before: with torch and Ray imported, a full one
-    takes as long as a round.
-    """
-    if gc.get_freeze_count():
-        yield  # whoever froze that may want to thaw it himself
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -6,7 +6,6 @@ worker can be replaced at any moment and its block replayed.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import pickle
@@ -28,10 +27,8 @@ from fedsim.engine import objects
 from fedsim.engine.folding import Fold, Folder, Left
 from fedsim.engine.grid import answer, is_empty, seed_everything
 from fedsim.engine.line import Door, HungUp
+from fedsim.engine.process import keep_freed_memory
 from fedsim.sums import WeightedSum
-
-_KEPT = 2**29  #: bytes
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -153,14 +150,14 @@ class Worker:
         sys.path[:] = [*setup.path, *(entry for entry in sys.path if entry not in setup.path)]
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self.setup = setup
-        if setup.memory is None:
-            _keep_freed_memory()
         if setup.torch:
             import torch
 
             torch.set_num_threads(setup.threads)
         self.app = ray.cloudpickle.loads(setup.app)
-        gc.freeze()  # what is here stays: no garbage collection need look at it again
+        if setup.memory is None:
+            keep_freed_memory()
+        gc.freeze()
         return self.listen() if near else None
 
     def listen(self) -> str:
@@ -226,14 +223,6 @@ class Worker:
         seed_everything(item.seed)
         with limited(setup.memory):
             return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config)
-
-
-def _keep_freed_memory() -> None:
-    """Let the allocator give back only what is more than _KEPT: fresh pages cost more than most sums."""
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 @contextmanager
