@@ -22,7 +22,7 @@ from fedsim import config
 from fedsim._flwr import quiet
 from fedsim.finish import run_experiment
 from fedsim.forgetting import experiments, request, sitting
-from fedsim.forgetting.report import draw_speedup
+from fedsim.forgetting.pictures import draw_speedup
 from fedsim.runs import Run, default_folder
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsim.files import write_atomic
+from fedsim.forgetting.pictures import draw_curves, draw_speedup
+from fedsim.forgetting.speedups import (
+    AMOUNTS,
+    BARE,
+    UNTRAINED,
+    Report,
+    edited,
+    near_retraining,
+    speedup,
+    times,
+    titled,
+)
 from fedsim.forgetting.verdict import UNTOLD, sentence
 from fedsim.terminal import grid, human_bytes, human_seconds
-from fedsim.unlearning.metrics import amount_at
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.table import Table
-
-Report = Mapping[str, Any]
 
 #: heading -> figure
 FIGURES = {
@@ -42,11 +49,6 @@ _SHORT = {
     "relearn": "relearn",
 }
 ACCURACIES = ("forget_train", "forget_test", "retain_train", "retain_test")
-_BARE = ("retrain", "retrain-2", "original")
-#: these begin with a model that knows nothing: what they learn is no rebound
-_UNTRAINED = ("retrain", "retrain-2", "retrain-short", "roll-back", "federaser")
-#: what a speed-up is counted in -> heading; samples first, because rounds and seconds depend on the cohort
-AMOUNTS = {"samples": "samples", "round": "rounds", "client_seconds": "client seconds", "bytes": "bytes"}
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -100,7 +102,7 @@ def verdicts(report: Report) -> list[str]:
         return [report["unknown"]]
     if not report.get("telling", True):
         return [UNTOLD]
-    return [f"- {sentence(name, m)}" for name, m in report["models"].items() if name not in _BARE]
+    return [f"- {sentence(name, m)}" for name, m in report["models"].items() if name not in BARE]
 
 
 def terminal_table(report: Report) -> Table:
@@ -196,7 +198,7 @@ def _notes(report: Report) -> list[str]:
     rebound = [
         name
         for name, m in report["models"].items()
-        if name not in _UNTRAINED and _rebound(m.get("curve", [])) > 0.05
+        if name not in UNTRAINED and _rebound(m.get("curve", [])) > 0.05
     ]
     if rebound:
         notes += [
@@ -234,113 +236,3 @@ def _shown(figures: Mapping[str, float], key: str) -> str:
 
 def _thousands(count: float) -> str:
     return f"{count / 1000:.0f} k" if count >= 10_000 else f"{count:.0f}"
-
-
-# -------------------------------------------------------------------------------------- pictures
-
-
-def draw_curves(report: Report, path: Path) -> None:
-    """Accuracy on forgotten and on retained test data against samples processed at clients."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, key in zip(figure.subplots(1, 2), ("forget_accuracy", "retain_accuracy"), strict=True):
-        for name, model in report["models"].items():
-            if curve := model.get("curve"):
-                _line(axes, name, [p["samples"] for p in curve], [p[key] for p in curve])
-        axes.set(xlabel="samples processed by clients", ylabel=key.replace("_", " "), ylim=(-0.02, 1.02))
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def draw_speedup(report: Report, path: Path) -> None:
-    """How many times less than retraining, against the retained accuracy to be reached."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    for axes, (amount, heading) in zip(panels.flat, AMOUNTS.items(), strict=True):
-        found = speedups(report, amount)
-        for name in edited(report):  # those without points, too: a method has one colour in all panels
-            points = found.get(name, [])
-            amounts = [ratio for _, ratio in points]
-            _line(axes, name, [level for level, _ in points], amounts, titled(report, name))
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(ylabel=f"{heading} of retraining / own")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())  # 6, not 6·10⁰
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
-    for axes in panels[1]:
-        axes.set(xlabel="retained test accuracy to be reached")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def edited(report: Report) -> list[str]:
-    """Models that began as the original one: whose cost is compared with retraining's."""
-    return [name for name, model in report["models"].items() if name not in _BARE and model.get("curve")]
-
-
-def titled(report: Report, name: str) -> str:
-    """A method's name, marked where forgetting is not shown: what it saves is no speed-up."""
-    shown = name in _UNTRAINED or report["models"][name].get("forgotten", True)
-    return name if shown else f"{name} (forgetting not shown)"
-
-
-def near_retraining(report: Report) -> float:
-    """A retained accuracy a point below that of the end of retraining."""
-    end: float = report["models"]["retrain"]["curve"][-1]["retain_accuracy"]
-    return end - 0.01
-
-
-def times(ratio: float | None) -> str:
-    """A speed-up as text."""
-    if ratio is None:
-        return "never"
-    return f"{ratio:.1f}x" if math.isfinite(ratio) else "costs nothing"
-
-
-def speedups(report: Report, amount: str = "samples") -> dict[str, list[tuple[float, float]]]:
-    """Method -> points (retained accuracy, `speedup`)."""
-    levels = [step / 200 for step in range(100, 201)]  # 0.5 to 1
-    found = {}
-    for name in edited(report):
-        ratios = [(level, speedup(report, name, level, amount)) for level in levels]
-        points = [(level, ratio) for level, ratio in ratios if ratio is not None and math.isfinite(ratio)]
-        if points:
-            found[name] = points
-    return found
-
-
-def speedup(report: Report, name: str, level: float, amount: str) -> float | None:
-    """What retraining had spent when it first had a retained accuracy, over what a method had.
-
-    Args:
-        report: with a retrained model.
-        name: of the method; its curve counts from its first round on, the start is not its own.
-        level: retained test accuracy.
-        amount: `samples`, `round`, `client_seconds` or `bytes`.
-
-    Returns:
-        None where one of them never gets there; infinite where the method spends nothing.
-    """
-    slow, own = report["models"]["retrain"]["curve"], report["models"][name]["curve"][1:]
-    spent = [
-        amount_at([p[amount] for p in one], [p["retain_accuracy"] for p in one], level) for one in (slow, own)
-    ]
-    if spent[0] is None or spent[1] is None:
-        return None
-    return spent[0] / spent[1] if spent[1] else math.inf
-
-
-def _line(axes: Axes, name: str, x: Sequence[float], y: Sequence[float], label: str = "") -> None:
-    style = {"retrain": ("black", "-"), "retrain-2": ("grey", "-"), "retrain-short": ("black", ":")}.get(name)
-    if style is None:
-        axes.plot(x, y, marker=".", linewidth=1.2, label=label or name)
-    else:
-        axes.plot(x, y, marker=".", linewidth=1.2, label=label or name, color=style[0], linestyle=style[1])

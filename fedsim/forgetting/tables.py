@@ -7,7 +7,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedsim.forgetting.methods import RETRAIN
-from fedsim.forgetting.report import AMOUNTS, FIGURES, edited, near_retraining, speedup, times, titled
+from fedsim.forgetting.report import FIGURES
+from fedsim.forgetting.speedups import AMOUNTS, edited, near_retraining, speedup, times, titled
 
 Report = Mapping[str, Any]
 

@@ -19,7 +19,8 @@ from fedsim.finish import run_experiment
 from fedsim.forgetting import experiments, request, sitting
 from fedsim.forgetting.evidence import Examiner
 from fedsim.forgetting.methods import METHODS
-from fedsim.forgetting.report import markdown, speedup, speedups, times, titled, verdicts
+from fedsim.forgetting.report import markdown, verdicts
+from fedsim.forgetting.speedups import speedup, speedups, times, titled
 from fedsim.forgetting.verdict import judged, sentence
 from fedsim.runs import Run
 from tests.helpers import StopAt, tiny
