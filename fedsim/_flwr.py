@@ -295,6 +295,18 @@ def _private_record(record: Record) -> Record:
     return copied
 
 
+def owned(content: RecordDict) -> RecordDict:
+    """The same records with arrays of their own, where they are views of something larger."""
+    out = dict(data_of(content))
+    for key, record in out.items():
+        if isinstance(record, ArrayRecord):
+            arrays = data_of(record).items()
+            out[key] = array_record(
+                {k: LazyArray(a.numpy()) if isinstance(a, LazyArray) else a for k, a in arrays}
+            )
+    return record_dict(out)
+
+
 def data_of(record: RecordDict | Record) -> dict[str, Any]:
     """The dict inside of a record: going through the record itself takes several times as long."""
     data: dict[str, Any] = record.__dict__["_data"]

@@ -64,6 +64,15 @@ def test_copies_are_what_flower_would_make() -> None:
     assert not ours.has_error()
 
 
+def test_what_is_kept_holds_no_larger_memory() -> None:
+    whole = np.arange(1000.0)
+    content = RecordDict({"arrays": _flwr.array_record({"w": _flwr.LazyArray(whole[:5])})})
+    content["config"] = ConfigRecord({"lr": 0.1})
+    kept = _flwr.owned(content)
+    assert kept == content
+    assert not np.shares_memory(_flwr.numpy_view(kept["arrays"]["w"]), whole)
+
+
 def test_the_abstract_grid_is_what_we_implement() -> None:
     assert sorted(Grid.__abstractmethods__) == [
         "create_message",

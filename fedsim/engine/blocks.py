@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SMALLEST = 0.03  #: of a worker's even share of all work: no smaller block is needed
-_FINER = (1, 2, 4, 8)  #: times that blocks are cut finer than an even share
+_FINER = (1, 2, 4, 8)  #: times that blocks are cut finer than that
 _EVEN = 1.01  #: times the shortest possible time is short enough
 
 

@@ -87,9 +87,10 @@ class Line:
 
     def close(self) -> None:
         """Hang up. What the other end reads stays as it is."""
+        self._cut()
         self._end.close()
         for sheet in self._lent:
-            sheet.give_back(known=False)
+            sheet.give_back(stale=True)
         self._lent = []
         self._stock.close()
         self._mapped.clear()
@@ -135,7 +136,13 @@ class Line:
         try:
             _write([memoryview(start + note), *pieces], some)
         except OSError as error:
+            self._cut()  # what was half sent, or not at all, must not be waited for
             raise HungUp(str(error)) from error
+
+    def _cut(self) -> None:
+        """End the line for both ends, also where a forked child has a copy of the socket."""
+        with suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> tuple[Views, list[Views]]:
         """What the other end sends next: a pickle and its buffers, which may be written to, and the sheets.
@@ -172,7 +179,9 @@ class Line:
         """What is in a sheet: the next of the new ones, or one that is mapped."""
         known = self._mapped.get(number)
         if known is None:
-            fileno = next(new)
+            fileno = next(new, None)
+            if fileno is None:
+                raise HungUp(f"sheet {number} is missing")
             known = mapped(fileno, writable=writable)
             if known is None:
                 self._back.append((number, False))

@@ -27,7 +27,7 @@ from annotated_types import Ge, Le
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsim import _flwr
+from fedsim import _flwr, messages
 from fedsim.engine import cluster, objects
 from fedsim.engine.blocks import Block, blocks
 from fedsim.engine.exchange import Exchange
@@ -194,7 +194,8 @@ class _Dispatch:
             self._failed(job, event.error)
             return
         for client, state in event.report.states.items():
-            self.grid.keep(client, state)
+            # a view of a report keeps all of it
+            self.grid.keep(client, _flwr.owned(state) if messages.nbytes(state) < _SMALL else state)
         for position, reply in event.report.replies:
             self.exchange.take(position, reply)
         for left in event.report.left:

@@ -5,7 +5,8 @@
 
 A sheet is a file without a name (`memfd`): nothing is left behind, whoever dies, and the size of /dev/shm,
 64 MB in a container, is no limit. Its pages are used over and over, for fresh ones cost more than what is
-written to them: a sheet is written again when all who read it have given it back.
+written to them: a sheet is written again when all who read it have given it back. (Forked children of a
+reader are not asked: they must not outlive what it read.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import mmap
 import os
 from collections.abc import Sequence
 from itertools import count
-from threading import Lock
 from weakref import WeakSet
 
 import numpy as np
@@ -27,6 +27,7 @@ Views = tuple[memoryview, list[memoryview]]
 _ALIGNED = 64
 _MAPPED = 256  #: sheets that a process has mapped at a time, for each is an open file; more are copied
 _KEPT = 64  #: sheets of a stock that may be used again
+_LARGEST = 2**27  #: bytes of a sheet that may be
 _numbers = count()
 _maps: WeakSet[mmap.mmap] = WeakSet()
 
@@ -71,7 +72,6 @@ class Sheet:
         self.size = size
         self._again = again
         self._users = 1
-        self._lock = Lock()
         self._fileno = os.memfd_create("fedsim")
         try:
             os.posix_fallocate(self._fileno, 0, size)  # no memory is an error here, not a signal later
@@ -104,20 +104,18 @@ class Sheet:
 
     def share(self) -> None:
         """One more uses it."""
-        with self._lock:
-            self._users += 1
+        self._users += 1
 
-    def give_back(self, *, known: bool = True) -> None:
+    def give_back(self, *, stale: bool = False) -> None:
         """One less uses it.
 
         Args:
-            known: what is written now does not change what somebody reads.
+            stale: somebody may go on reading what is there now: it is not written again.
         """
-        with self._lock:
-            self._users -= 1
-            self._again = self._again and known
-            if self._users == 0 and not self._again:
-                self.close()
+        self._users -= 1
+        self._again = self._again and not stale
+        if self._users == 0 and not self._again:
+            self.close()
 
     def close(self) -> None:
         """Give it up; who has mapped it still has it."""
@@ -152,7 +150,7 @@ class Stock:
         if free:
             free[-1].close()
             self._sheets.remove(free[-1])
-        sheet = Sheet(size, again=len(self._sheets) < _KEPT)
+        sheet = Sheet(size, again=len(self._sheets) < _KEPT and size <= _LARGEST)
         self._sheets.append(sheet)
         return sheet
 

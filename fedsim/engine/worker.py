@@ -28,6 +28,7 @@ from fedsim.engine.folding import Fold, Folder, Left
 from fedsim.engine.grid import answer, is_empty, seed_everything
 from fedsim.engine.line import Door, HungUp
 from fedsim.engine.process import keep_freed_memory
+from fedsim.engine.sheet import Views
 from fedsim.sums import WeightedSum
 
 
@@ -157,6 +158,9 @@ class Worker:
         self.app = ray.cloudpickle.loads(setup.app)
         if setup.memory is None:
             keep_freed_memory()
+        if gc.get_freeze_count():  # of an earlier simulation, whose app can go now
+            gc.unfreeze()
+            gc.collect()
         gc.freeze()
         return self.listen() if near else None
 
@@ -171,14 +175,23 @@ class Worker:
         """Answer what comes through the door until the driver hangs up."""
         if self._door is None:
             return
-        for line, (head, buffers), sheets in self._door.orders():
-            try:
-                order: Order = pickle.loads(head, buffers=[buffer.toreadonly() for buffer in buffers])
-                report: Report | Failed = self._run(order, [objects.unpack(sheet) for sheet in sheets])
-            except Exception:
-                report = Failed(traceback.format_exc())
+        for line, message, sheets in self._door.orders():
+            packed = self._served(message, sheets)
+            del message, sheets  # which go back with the report
             with suppress(HungUp):
-                line.send(objects.pack(report))
+                line.send(packed)
+            del packed
+
+    def _served(self, message: Views, sheets: Sequence[Views]) -> objects.Packed:
+        """The report on an order that came over a line."""
+        head, buffers = message
+        try:
+            order: Order = pickle.loads(head, buffers=[buffer.toreadonly() for buffer in buffers])
+            report: Report | Failed = self._run(order, [objects.unpack(sheet) for sheet in sheets])
+        except Exception:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # nobody hangs: the order could not be read
+            report = Failed(traceback.format_exc())
+        return objects.pack(report)
 
     def run(self, packed: bytes, *parcels: objects.Parcel) -> objects.Packed:
         """Answer the messages of a block, one after the other: a packed Order in, a packed Report out."""

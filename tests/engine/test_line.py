@@ -122,12 +122,53 @@ def test_a_sheet_that_grows_replaces_a_smaller_one() -> None:
     assert third.closed
     assert not first.closed
     fourth.share()
-    fourth.give_back(known=False)  # a reader that is gone may still look at it
+    fourth.give_back(stale=True)  # a reader that is gone may still look at it
     fourth.give_back()
     assert fourth.closed
     assert stock.written([memoryview(bytes(10))]) is first
     stock.close()
     assert first.closed
+
+
+def test_the_largest_sheets_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.engine.sheet._LARGEST", 100)
+    stock = Stock()
+    small, large = (stock.written([memoryview(bytes(size))]) for size in (100, 101))
+    small.give_back()
+    large.give_back()
+    assert [small.closed, large.closed] == [False, True]
+    stock.close()
+
+
+def test_who_hangs_up_is_heard_though_a_forked_child_has_the_socket() -> None:
+    door = Door()
+    thread = threading.Thread(target=echo, args=[door])
+    thread.start()
+    line = Line.to(door.path)
+    copy = os.dup(line.fileno())
+    line.close()
+    thread.join(timeout=10)
+    os.close(copy)
+    assert not thread.is_alive()
+
+
+def test_an_order_that_cannot_be_sent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    door = Door()
+    thread = threading.Thread(target=echo, args=[door])
+    thread.start()
+    line = Line.to(door.path)
+
+    def fails(*_: object) -> None:
+        raise OSError("Too many references")
+
+    monkeypatch.setattr("fedsim.engine.line._write", fails)
+    with pytest.raises(HungUp, match="Too many references"):
+        line.send(objects.pack("order"))
+    with pytest.raises(HungUp):
+        line.receive()
+    thread.join(timeout=10)
+    line.close()
+    assert not thread.is_alive()
 
 
 def test_more_sheets_than_may_be_kept_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -44,3 +46,26 @@ def test_it_ends_with_an_error_as_well() -> None:
     with pytest.raises(KeyError), for_rounds():
         raise KeyError("x")
     assert gc.get_freeze_count() == 0
+
+
+def test_a_worker_that_serves_a_second_simulation_forgets_the_first_one() -> None:
+    script = """
+import weakref, ray.cloudpickle
+from dataclasses import replace
+from fedsim.engine.worker import Setup, Worker
+
+class App:
+    def __init__(self):
+        self.me = self  # as a function of __main__ is: a cycle
+
+setup = Setup(ray.cloudpickle.dumps(App()), 1, {}, (), ".", {}, 1, 60.0, None, False, False)
+worker = Worker()
+worker.equip(setup, near=False)
+first = weakref.ref(worker.app)
+worker.equip(replace(setup), near=False)
+print(first() is None)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["True"]
