@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
@@ -197,10 +197,15 @@ def lazy_codec() -> Iterator[None]:
 
 def sendable(content: RecordDict) -> RecordDict:
     """The same records with every array as a numpy buffer, which pickles out of band, where it can be one."""
+    return _with_arrays(content, lazy)
+
+
+def _with_arrays(content: RecordDict, change: Callable[[Array], Array]) -> RecordDict:
+    """The same records with every Array changed."""
     out = dict(data_of(content))
     for key, record in out.items():
         if isinstance(record, ArrayRecord):
-            out[key] = array_record({name: lazy(a) for name, a in data_of(record).items()})
+            out[key] = array_record({name: change(array) for name, array in data_of(record).items()})
     return record_dict(out)
 
 
@@ -221,12 +226,7 @@ class HollowArray(Array):
 
 def hollow(content: RecordDict) -> RecordDict:
     """The same records without the values of arrays: their names, dtypes and shapes are left."""
-    left = dict(data_of(content))
-    for key, record in left.items():
-        if isinstance(record, ArrayRecord):
-            arrays = data_of(record).items()
-            left[key] = array_record({k: HollowArray(a.dtype, tuple(a.shape), a.stype) for k, a in arrays})
-    return record_dict(left)
+    return _with_arrays(content, lambda array: HollowArray(array.dtype, tuple(array.shape), array.stype))
 
 
 def hollow_message(message: Message) -> Message:
@@ -297,14 +297,7 @@ def _private_record(record: Record) -> Record:
 
 def owned(content: RecordDict) -> RecordDict:
     """The same records with arrays of their own, where they are views of something larger."""
-    out = dict(data_of(content))
-    for key, record in out.items():
-        if isinstance(record, ArrayRecord):
-            arrays = data_of(record).items()
-            out[key] = array_record(
-                {k: LazyArray(a.numpy()) if isinstance(a, LazyArray) else a for k, a in arrays}
-            )
-    return record_dict(out)
+    return _with_arrays(content, lambda a: LazyArray(a.numpy()) if isinstance(a, LazyArray) else a)
 
 
 def data_of(record: RecordDict | Record) -> dict[str, Any]:
