@@ -27,6 +27,7 @@ from fedsim.version import code_digest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fedsim.building import OwnData
     from fedsim.runs import Run
     from fedsim.task import Task
 
@@ -44,7 +45,7 @@ class FederatedClientApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message (see `clients/training.py` for what happens inside)."""
-        from fedsim import payload
+        from fedsim import building, payload
 
         instruction = messages.config_of(message)
         if message.metadata.message_type == messages.HELLO:
@@ -73,8 +74,8 @@ class FederatedClientApp(ClientApp):
                 text = experiment.replace(f"compute.device={device}").json()
             if budget := context.node_config.get("memory-budget"):
                 text = with_budget(config.from_json(text), float(budget)).json()
-            attributes = str(instruction.get(messages.ATTRIBUTES, "")) if path else ""
-            task, app = _client(text, path, who if path else -1, attributes)
+            said = [str(instruction.get(key, "")) for key in (messages.ATTRIBUTES, messages.RANGES)]
+            task, app = _client(text, building.OwnData(path, who, *said) if path else None)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
             reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)
@@ -105,11 +106,14 @@ def _forget() -> None:
 
 
 @lru_cache(maxsize=2)
-def _client(text: str, path: str, who: int, attributes: str) -> tuple[Task, ClientApp]:
-    """Task and client app of an experiment (with the node's own data, if it has a path); built once."""
+def _client(text: str, own: OwnData | None) -> tuple[Task, ClientApp]:
+    """Task and client app of an experiment (with the node's own data, if it has some); built once."""
     from fedsim import building
 
-    task = building.cached(text, building.OwnData(path, who, attributes)) if path else building.cached(text)
+    task = building.cached(text, own) if own else building.cached(text)
+    if own:
+        for line in task.data.arrays.card():
+            print(f"data of client {own.client}: {line}", flush=True)
     app: ClientApp = task.experiment.build("client", task)
     return task, app
 

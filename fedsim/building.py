@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedsim import augmentation, compute, config, payload
 from fedsim.config import Experiment
 from fedsim.data import attributes as known_attributes
-from fedsim.data import backdoor, federated, forgotten, needs
+from fedsim.data import backdoor, federated, forgotten, needs, pixels
 from fedsim.data.federated import FederatedData
 from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
@@ -30,6 +30,7 @@ class OwnData:
     path: str
     client: int
     attributes: str = ""  #: of the server's data, as JSON
+    ranges: str = ""  #: what the server takes as black and white, as JSON
 
 
 def build(experiment: Experiment, own: OwnData | None = None) -> Task:
@@ -165,15 +166,15 @@ def _forgetting(experiment: Experiment, own: OwnData | None) -> FederatedData:
 
 
 def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:
-    options = {key: value for key, value in experiment["data"].options.items() if key == "size"}
     return federated.load_own(
         own.path,
-        options,
+        dict(experiment["data"].options),
         client=own.client,
         clients=experiment.clients,
         new_classes=experiment["partition"].common["new_classes"],
         roots=[Path.cwd()],
         attributes=known_attributes.from_json(own.attributes) if own.attributes else (),
+        ranges=pixels.from_json(own.ranges) if own.ranges else (),
     )
 
 

@@ -20,6 +20,12 @@ class NotEnoughReplies(UserError):
     """Fewer valid client replies than the strategy accepts; the message names every client and reason."""
 
 
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    known = list(names)
+    return ", ".join(known[:most]) + (f", and {len(known) - most} more" if len(known) > most else "")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"did you mean 'x'?"` for the closest known word (of any case), else the list of known words."""
     names = sorted(known)

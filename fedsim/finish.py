@@ -80,6 +80,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         "loss": progress.last["loss"],
         "accuracy_start": progress.start["accuracy"],
         **_start_note(loop),
+        **_data_card(loop),
         **{key: value for key, value in progress.last.items() if key not in ("accuracy", "loss")},
         **_more_accuracies(progress),
         **getattr(loop.strategy, "findings", {}),
@@ -126,6 +127,12 @@ def _start_note(loop: Loop) -> dict[str, str]:
     if not schooling:
         return {}
     return {"start_note": f"{schooling}, no {loop.experiment['data'].name} label used"}
+
+
+def _data_card(loop: Loop) -> dict[str, list[str]]:
+    """What the data are, where they are the user's own."""
+    arrays = loop.task.data.arrays
+    return {"data_card": arrays.card()} if arrays.notes else {}
 
 
 def _personal_arrays(states: Mapping[int, RecordDict]) -> dict[str, Any]:

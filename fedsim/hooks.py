@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,9 @@ class Hook:
 
     def start(self, experiment: Experiment, first_round: int) -> None:
         """The run begins, or goes on, with round `first_round`."""
+
+    def data(self, card: Sequence[str]) -> None:
+        """What the run's data are, in lines; told after `start` where the data are the user's own."""
 
     def sent(self, server_round: int, phase: str, count: int) -> None:
         """`count` messages of a phase (`train`, `evaluate`) go out."""

@@ -178,4 +178,5 @@ def draw(experiment: Experiment, folder: Path) -> tuple[Iterator[str], Path]:
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{experiment.name}-split.png"
     draw_split(counts, classes, picture)
-    return iter(split_lines(counts, classes)), picture
+    card = [f"data: {line}" for line in data.arrays.card()] if data.arrays.notes else []
+    return iter([*card, *split_lines(counts, classes)]), picture

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +100,11 @@ class _Watcher(Hook, ABC):
         self._boards[-1].baseline = self._main is not None and experiment.json() != self._main
         if first_round > 0 and not self._boards[-1].baseline:
             self.say(f"going on after round {first_round - 1}")
+
+    def data(self, card: Sequence[str]) -> None:
+        if not self._boards[-1].baseline:
+            for line in card:
+                self.say(f"data: {line}")
 
     def round(self, result: Round) -> None:
         self._boards[-1].add(result)

@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsim import messages, payload
 from fedsim.averaging import weighting_of
 from fedsim.checkpoints import Unstorable
+from fedsim.data import pixels
 from fedsim.data.attributes import to_json
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
@@ -121,6 +122,8 @@ class Loop:
         require_clients(self.strategy, len(self.who.clients()))
         progress = self._begin()
         self._tell("start", self.experiment, progress.server_round + 1)
+        if self.task.data.arrays.notes:
+            self._tell("data", self.task.data.arrays.card())
         if progress.server_round < 0:
             progress.server_round = 0
             started = time.perf_counter()
@@ -248,8 +251,10 @@ class Loop:
         return self.who.client(message.metadata.src_node_id)
 
     def _config(self, number: int) -> ConfigRecord:
-        known = self.task.data.arrays.attributes
-        said = {messages.ATTRIBUTES: to_json(known)} if self.task.attributes else {}
+        arrays = self.task.data.arrays
+        said = {messages.ATTRIBUTES: to_json(arrays.attributes)} if self.task.attributes else {}
+        if arrays.ranges:
+            said[messages.RANGES] = pixels.to_json(arrays.ranges)
         return ConfigRecord(
             {
                 **said,

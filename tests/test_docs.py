@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,39 @@ def test_its_own_test_passes(page: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+def test_the_page_on_own_data_says_what_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its example and the card it shows; keys and shapes of its tables; the table of attributes."""
+    from fedsim.data.archives import keys_of
+    from fedsim.data.attribute_tables import read
+    from fedsim.data.layouts import arranged
+
+    text = (ROOT / "docs" / "own_data.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    card, table = re.findall(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == card
+    (tmp_path / "attributes.csv").write_text(table)
+    found, z, _ = read(tmp_path, [tmp_path / "cat" / "1.png", tmp_path / "cat" / "2.png"])
+    assert [attribute.name for attribute in found] == ["age", "town"]
+    assert z is not None
+    assert z[1, 0] == -1
+    shapes = re.findall(r"^\| `\[n, ([\d, ]+)\]` \| `(\w+)` \|$", text, re.MULTILINE)
+    assert len(shapes) == 8
+    for sides, layout in shapes:
+        x = np.random.default_rng(0).normal(size=(2, *map(int, sides.split(", "))))
+        told, said = (arranged({"x": x}, chosen, "")[0]["x"] for chosen in ("auto", layout))
+        np.testing.assert_array_equal(told, said)
+    names = [
+        line for line in text.splitlines() if line.startswith("| ") and ("x_train" in line or "`x`" in line)
+    ]
+    whole = re.findall(r"`(\w+)`, `(\w+)`", names[1])
+    assert len(whole) == 5
+    assert all(keys_of(pair, "") == {"train": pair} for pair in whole)
 
 
 def test_the_page_on_local_learning_runs(monkeypatch: pytest.MonkeyPatch) -> None:

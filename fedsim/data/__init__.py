@@ -12,7 +12,7 @@ DATASETS = {
     "hapt": "fedsim.data.asset_datasets:hapt",
     "torchvision:": "fedsim.data.torchvision_sets:torchvision_set",
     "npz:": "fedsim.data.own_sets:npz",
-    "imagefolder:": "fedsim.data.own_sets:imagefolder",
+    "imagefolder:": "fedsim.data.image_folders:imagefolder",
 }
 
 PARTITIONS = {

@@ -16,7 +16,7 @@ from fedsim.data import assets
 from fedsim.data.asset_table import ASSETS
 from fedsim.data.attributes import Attribute, coded
 from fedsim.data.needs import needs
-from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, divided, fixed_subset, stratified
+from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, fixed_subset, stratified
 from fedsim.errors import UserError
 from fedsim.ranges import Count
 
@@ -179,7 +179,7 @@ def adult(*, train_samples: Count | None = None, test_samples: Count | None = No
     attributes = tuple(attribute for attribute, _ in found)
     classes = ("at most 50K", "more than 50K")
     whole = Arrays(x, y, x, y, classes, None, attributes, z, z, UNDIVIDED)
-    return divided(whole, train, test)
+    return whole.divided(train, test)
 
 
 @needs("hapt")
@@ -216,7 +216,7 @@ def hapt(
     tested = tested[fixed_subset(cells[tested], test_samples, "test_samples")]
     attributes = (Attribute("user", tuple(f"user {number}" for number in range(int(user.max()) + 1))),)
     z = np.asarray(user, np.float32)[:, None]
-    return divided(Arrays(x, y, x, y, ACTIVITIES, user, attributes, z, z, UNDIVIDED), trained, tested)
+    return Arrays(x, y, x, y, ACTIVITIES, user, attributes, z, z, UNDIVIDED).divided(trained, tested)
 
 
 def _by_time(cells: Integers) -> tuple[Integers, Integers]:

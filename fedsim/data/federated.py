@@ -9,6 +9,7 @@ All indices point into the arrays of the whole dataset. Nothing here needs torch
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedsim import registry
 from fedsim.data.attributes import Attribute, conformed
 from fedsim.data.partition import Partition, partition
+from fedsim.data.pixels import ValueRange
 from fedsim.data.sources import Arrays, stratified
 from fedsim.data.store import load_arrays
 from fedsim.errors import UserError
@@ -196,6 +199,26 @@ def _conformed(arrays: Arrays, wanted: tuple[Attribute, ...], path: str) -> dict
     return {name: conformed(arrays.attributes, z, wanted, len(y), path) for name, (z, y) in parts.items()}
 
 
+def _ranged(
+    source: str, options: Mapping[str, Any], roots: Sequence[Path], ranges: tuple[ValueRange, ...]
+) -> Arrays:
+    """A node's own arrays, read again where they alone would have another value range than the server's."""
+    arrays = load_arrays(source, options, roots=roots)
+    server = {one.dtype: one for one in ranges}
+    other = [(one, server[one.dtype]) for one in arrays.ranges if server.get(one.dtype, one) != one]
+    if not other:
+        return arrays
+    own, wanted = other[0]
+    said = f"{source}: the server reads {own.dtype} values as {wanted.text}, these data alone say {own.text}"
+    if len(arrays.ranges) > 1:
+        raise UserError(f"{said}; store all images with one number of bits, or set value_range in [data]")
+    value_range = "keep" if wanted.low is None else [wanted.low, wanted.high]
+    try:
+        return load_arrays(source, {**options, "value_range": value_range}, roots=roots)
+    except UserError as error:
+        raise UserError(f"{said}: {error}") from error
+
+
 def load_own(
     path: str,
     options: Mapping[str, Any],
@@ -205,23 +228,29 @@ def load_own(
     new_classes: int = 0,
     roots: Sequence[Path] = (),
     attributes: tuple[Attribute, ...] = (),
+    ranges: tuple[ValueRange, ...] = (),
 ) -> FederatedData:
     """The private data of a real node: every training sample of a file or image folder is its client's.
 
     Args:
         path: an .npz archive, or a folder of images.
-        options: keys of `[data]` that apply to that kind (image `size`, say).
+        options: keys of the server's `[data]`; of these `size`, `layout` and `value_range` apply here, too.
         client: which client the node is.
         clients: how many there are; the others have nothing here.
         new_classes: how many classes, the last, are not trained on.
         roots: folders in which a relative path is looked up.
         attributes: those of the server's data, as which the node's own are coded.
+        ranges: what the server takes as black and white; the node's values of these dtypes are read alike.
 
     Raises:
-        UserError: see `load_arrays` and `conformed`.
+        UserError: see `load_arrays` and `conformed`; or the node's values lie outside the server's range.
     """
     kind = "imagefolder" if any((root / path).is_dir() for root in [*roots, Path.cwd()]) else "npz"
-    arrays = load_arrays(f"{kind}:{path}", options, roots=roots)
+    taken = inspect.signature(registry.resolve("datasets", f"{kind}:{path}").target).parameters
+    shared = {
+        key: options[key] for key in ("size", "layout", "value_range") if key in options and key in taken
+    }
+    arrays = _ranged(f"{kind}:{path}", shared, roots, ranges)
     if attributes:
         arrays = replace(arrays, attributes=attributes, **_conformed(arrays, attributes, path))
     rows = np.flatnonzero(np.asarray(arrays.train_y) < _base_classes(arrays, new_classes))

@@ -1,88 +1,194 @@
-"""Datasets of your own: a NumPy archive, a folder of images; `[data]` names them by their path."""
+"""`npz:FILE`: a NumPy archive of your own as a dataset.
+
+keys ─ parts (train, val, test) ─ layout of the axes ─ value range ─ labels ─> Arrays, with a data card
+"""
 
 from __future__ import annotations
 
-import csv
-import re
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedsim.data.attributes import UNKNOWN, Attribute, Column, coded, complaint
-from fedsim.data.sources import IMAGE_SUFFIXES, UNDIVIDED, Array, Arrays, Integers, image_files, split
+from fedsim.data import archives, labels, layouts, pixels
+from fedsim.data.attribute_tables import strange
+from fedsim.data.attributes import Attribute, Column, coded, complaint
+from fedsim.data.layouts import Layout
+from fedsim.data.pixels import ValueRange, Wanted
+from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, repeated, split
 from fedsim.errors import UserError
-from fedsim.ranges import Count, Portion
+from fedsim.ranges import Portion
 
-#: attributes, their values for training and for the test
-Attributes = tuple[tuple[Attribute, ...], Column | None, Column | None]
-
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|[-+]?inf")
+#: part -> keys of its inputs and its labels
+_Keys = Mapping[str, tuple[str, str]]
 
 
-def npz(*, path: str, test_fraction: Portion = 0.2) -> Arrays:
+def npz(
+    *, path: str, test_fraction: Portion = 0.2, layout: Layout = "auto", value_range: Wanted = "auto"
+) -> Arrays:
     """A NumPy archive of your own: x_train, y_train, x_test, y_test (or x, y), optionally classes, groups.
 
-    Inputs are images [n, height, width], [n, height, width, 1 or 3] or [n, channels, height, width], or
-    anything else [n, ...]; uint8 is kept, other numbers become float32. Labels are integers from 0.
-    Pickled objects are refused.
+    Other usual names do, too: train_images and train_labels, X and y, data and target, and so on; a part
+    `val` joins the training part (without a part `test` it is the test set). Inputs are grey images
+    [n, height, width], images [n, height, width, channels] or [n, channels, height, width], windows of
+    signals [n, time, channels] or [n, channels, time], or anything else [n, ...]. Labels are integers, text
+    or one-hot; without `classes` the values that occur are the classes. Pickled objects are refused.
 
     Attributes are further columns, z_NAME_train and z_NAME_test (or z_NAME): integers (codes, -1: not
     known), text, or floating-point numbers.
 
     Args:
         path: the file; relative to the experiment file, then to the current folder.
-        test_fraction: share of `x` that is the test set (only for an archive with `x` and `y`).
+        test_fraction: share of each class that is the test set (only for an archive without one).
+        layout: order of the inputs' axes: N samples, C channels, H height, W width, T time (default: from
+            the shape).
+        value_range: the values that are black and white, [0, 255] say; "keep": values are used as they are
+            (default: decided from dtype and values).
+
+    Raises:
+        UserError: names the file, and the key that cannot be used.
     """
-    contents = _read_npz(path)
-    keys = set(contents)
-    whole = {"x", "y"} <= keys
-    names = ("x", "y") if whole else ("x_train", "y_train", "x_test", "y_test")
-    missing = [name for name in names if name not in keys]
-    if missing:
-        raise UserError(
-            f"{path}: no key '{missing[0]}' (it has {', '.join(sorted(keys)) or 'nothing'}); "
-            "needed are x_train, y_train, x_test, y_test, or x and y"
-        )
-    xs = [_as_inputs(contents[name], path, name) for name in names[::2]]
-    ys = [_as_labels(contents[name], path, name) for name in names[1::2]]
-    for x, y, name in zip(xs, ys, names[::2], strict=True):
-        if len(x) != len(y):
-            raise UserError(f"{path}: '{name}' has {len(x)} samples but its labels are {len(y)}")
-    groups = _as_labels(contents["groups"], path, "groups") if "groups" in keys else None
-    if groups is not None and len(groups) != len(xs[0]):
-        raise UserError(f"{path}: 'groups' has {len(groups)} entries for {len(xs[0])} training samples")
-    if "classes" in keys:
-        classes = tuple(str(name) for name in contents["classes"])
-    else:
-        classes = tuple(str(label) for label in range(1 + max(int(y.max(initial=0)) for y in ys)))
-    attributes, train_z, test_z = _attributes_of(contents, path, whole)
-    for z, y in ((train_z, ys[0]), (test_z, ys[-1])):
-        reason = complaint(attributes, z, len(y))
-        if reason:
-            raise UserError(f"{path}: {reason}")
-    rest = classes, groups, attributes, train_z, test_z
-    if whole:
-        return split(Arrays(xs[0], ys[0], xs[0], ys[0], *rest, UNDIVIDED), test_fraction)
-    return Arrays(xs[0], ys[0], xs[1], ys[1], *rest)
+    with archives.opened(path) as archive:
+        keys = archives.keys_of(archive.files, path)
+        x = {key: archives.numbers(archives.entry(archive, path, key), path, key) for key, _ in keys.values()}
+        y = {key: archives.entry(archive, path, key) for _, key in keys.values()}
+        named = next((key for key in archives.CLASS_NAMES if key in archive.files), None)
+        names = archives.entry(archive, path, named) if named else None
+        rest = {
+            key: archives.entry(archive, path, key)
+            for key in archive.files
+            if key.startswith("z_") or key in ("groups", "groups_val")
+        }
+        unused = set(archive.files) - x.keys() - y.keys() - rest.keys() - {named}
+    x, ranges, notes = _inputs(x, path, layout, value_range)
+    y, classes, more = labels.coded_labels(y, path, names)
+    sizes = {part: len(y[key]) for part, (_, key) in keys.items()}
+    for x_key, y_key in keys.values():
+        if len(x[x_key]) != len(y[y_key]):
+            raise UserError(
+                f"{path}: '{x_key}' has {len(x[x_key])} samples but its labels are {len(y[y_key])}"
+            )
+    attributes, z = _attributes(rest, path, keys, sizes)
+    parts = {
+        part: (x[x_key], y[y_key], z.get(part), _groups(rest, path, part, sizes) if part != "test" else None)
+        for part, (x_key, y_key) in keys.items()
+    }
+    notes = [*_joined(parts, keys, rest), *more, *notes]
+    if unused:
+        notes.append(f"skipped: keys {', '.join(sorted(unused))}")
+    (train_x, train_y, train_z, groups), tested = parts["train"], parts.get("test")
+    common: dict[str, Any] = {"notes": tuple(notes), "ranges": ranges}
+    if tested is None:
+        whole = Arrays(
+            train_x, train_y, train_x, train_y, classes, groups, attributes, train_z, train_z, UNDIVIDED,
+            **common,
+        )  # fmt: skip
+        return _compared(split(whole, test_fraction))
+    test_x, test_y, test_z, _ = tested
+    return _compared(
+        Arrays(train_x, train_y, test_x, test_y, classes, groups, attributes, train_z, test_z, **common)
+    )
 
 
-def _attributes_of(contents: dict[str, Array], path: str, whole: bool) -> Attributes:
-    """Attributes of an archive and their values; of a whole one, the same values for both parts."""
-    suffixes = {"train": "", "test": ""} if whole else {"train": "_train", "test": "_test"}
-    keys = [key for key in contents if key.startswith("z_") and key.endswith(suffixes["train"])]
-    names = [key.removeprefix("z_").removesuffix(suffixes["train"]) for key in keys]
+#: inputs, labels, attributes and owners of a part
+_Part = tuple[Array, Integers, Column | None, Integers | None]
+
+
+def _joined(parts: dict[str, _Part], keys: _Keys, rest: Mapping[str, Array]) -> list[str]:
+    """Make `train` and `test` of what there is (in place), and say so."""
+    if "val" not in parts:
+        return [] if "test" in parts else ["no test part: a fixed share of each class is the test set"]
+    val = parts.pop("val")
+    if "test" not in parts:
+        parts["test"] = val
+        return [f"there is no test part: '{keys['val'][0]}' is the test set"]
+    pairs = zip(parts["train"], val, strict=True)
+    parts["train"] = tuple(  # type: ignore[assignment]
+        None if a is None or b is None else np.concatenate([a, b]) for a, b in pairs
+    )
+    return [
+        f"'{keys['val'][0]}' joins the training data ([evaluation] validation holds a share of them back)"
+    ]
+
+
+def _inputs(
+    x: Mapping[str, Array], path: str, layout: Layout, wanted: Wanted
+) -> tuple[dict[str, Array], tuple[ValueRange, ...], list[str]]:
+    """Inputs by key as models take them, the same way for all, with what was decided."""
+    arranged, images, notes = layouts.arranged(x, layout, path)
+    seen = pixels.spread(arranged.values())
+    if not images and wanted == "auto":
+        what = f"inputs: {seen.dtype} values from {seen.low:g} to {seen.high:g}"
+        if seen.dtype == "uint8":
+            return arranged, (), [*notes, f"{what} are divided by 255"]
+        made = {key: values.astype(np.float32) for key, values in arranged.items()}
+        return made, (), [*notes, f"{what} are taken as they are (no images)"]
+    chosen = pixels.decide(seen, wanted, f"{path}: {' and '.join(x)}")
+    made = {key: pixels.scaled(values, seen, chosen) for key, values in arranged.items()}
+    told = pixels.described(seen, chosen, "pixels" if images else "inputs")
+    return made, (chosen,), [*notes, told]
+
+
+def _groups(rest: Mapping[str, Array], path: str, part: str, sizes: Mapping[str, int]) -> Integers | None:
+    """Owners of a training part's samples."""
+    if "groups" not in rest:
+        return None
+    key = "groups" if part == "train" else "groups_val"
+    if key not in rest:
+        if "test" not in sizes:  # the part is the test set
+            return None
+        raise UserError(f"{path}: 'groups' names owners of the training samples, but there is no key '{key}'")
+    found = {name: labels.column(rest[name], path, name, []) for name in ("groups", key)}
+    if len(found[key]) != sizes[part]:
+        where = "training" if part == "train" else "validation"
+        raise UserError(f"{path}: '{key}' has {len(found[key])} entries for {sizes[part]} {where} samples")
+    if found[key].dtype.kind != "U":
+        return found[key]
+    known = np.unique(np.concatenate([labels.column(rest[k], path, k, []) for k in rest if k[:2] != "z_"]))
+    return np.searchsorted(known, found[key]).astype(np.int64)
+
+
+def _attributes(
+    rest: Mapping[str, Array], path: str, keys: _Keys, sizes: Mapping[str, int]
+) -> tuple[tuple[Attribute, ...], dict[str, Column]]:
+    """Attributes of an archive and their values by part."""
+    whole = keys["train"] == ("x", "y") or len(keys) == 1
+    suffixes = {part: "" if part == "train" and whole else f"_{part}" for part in keys}
+    others = tuple(suffix for suffix in suffixes.values() if suffix != suffixes["train"])
     found = []
-    for name in names:
-        missing = [key for s in suffixes.values() if (key := f"z_{name}{s}") not in contents]
+    for key in rest:
+        if not key.startswith("z_") or not key.endswith(suffixes["train"]) or key.endswith(others):
+            continue
+        name = key.removeprefix("z_").removesuffix(suffixes["train"])
+        missing = [other for s in suffixes.values() if (other := f"z_{name}{s}") not in rest]
         if missing:
             raise UserError(f"{path}: no key '{missing[0]}', but attribute '{name}' is given for training")
-        parts = {part: contents[f"z_{name}{suffix}"] for part, suffix in suffixes.items()}
-        found.append(coded(parts, name, f"{path}: 'z_{name}'"))
+        columns = {part: rest[f"z_{name}{suffix}"] for part, suffix in suffixes.items()}
+        _check_text(columns, path, name)
+        found.append(coded(columns, name, f"{path}: 'z_{name}'"))
     if not found:
-        return (), None, None
-    train, test = (_stacked([columns[part] for _, columns in found], path) for part in suffixes)
-    return tuple(attribute for attribute, _ in found), train, test
+        return (), {}
+    attributes = tuple(attribute for attribute, _ in found)
+    z = {part: _stacked([values[part] for _, values in found], path) for part in keys}
+    for part, values in z.items():
+        reason = complaint(attributes, values, sizes[part])
+        if reason:
+            raise UserError(f"{path}: {reason}")
+    return attributes, z
+
+
+def _check_text(columns: Mapping[str, Array], path: str, name: str) -> None:
+    """Raise UserError for numbers that are stored as text because one of them is none."""
+    for part, values in columns.items():
+        if values.dtype.kind in "US":
+            texts = [text.strip() for text in values.astype(str).ravel().tolist()]
+            odd = strange(texts)
+            if odd is not None and texts[odd]:
+                raise UserError(
+                    f"{path}: 'z_{name}' ({part}), sample {odd}: '{texts[odd]}' is no number, but others "
+                    "are; store numbers, or names in all places"
+                )
 
 
 def _stacked(columns: list[Column], path: str) -> Column:
@@ -91,156 +197,13 @@ def _stacked(columns: list[Column], path: str) -> Column:
     return np.stack(columns, 1)
 
 
-def _read_npz(path: str) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise UserError(f"{path}: a single array, not an .npz archive; write it with np.savez")
-            return {name: _entry(archive, path, name) for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"no file '{path}' (key 'path' of [data] name = \"npz:PATH\")") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npz archive ({error})") from error
-
-
-def _entry(archive: Any, path: str, name: str) -> Array:
-    try:
-        return np.asarray(archive[name])
-    except ValueError as error:
-        raise UserError(f"{path}: key '{name}' cannot be read without pickle; store plain arrays") from error
-
-
-def _as_inputs(x: Array, path: str, name: str) -> Array:
-    if x.ndim < 2 or x.dtype.kind not in "uifb":
-        raise UserError(f"{path}: '{name}' must be numbers [n, ...], not {x.dtype} {list(x.shape)}")
-    if x.dtype != np.uint8:
-        x = x.astype(np.float32)
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-        x = x.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(x)
-
-
-def _as_labels(y: Array, path: str, name: str) -> Integers:
-    if y.ndim != 1 or y.dtype.kind not in "ui":
-        raise UserError(f"{path}: '{name}' must be integers [n], not {y.dtype} {list(y.shape)}")
-    return y.astype(np.int64)
-
-
-def imagefolder(*, path: str, size: Count = 32, test_fraction: Portion = 0.2) -> Arrays:
-    """A folder of images: one subfolder per class, or train/ and test/ with one subfolder per class each.
-
-    Every image is read as RGB and resized to a square (bilinear). Attributes may stand in a file
-    `attributes.csv` in the folder: a first line `file,NAME,...`, then one line per image with its path
-    relative to the folder. Whole numbers and text are values of a categorical attribute (empty: not known),
-    numbers with a decimal point are numbers.
-
-    Args:
-        path: the folder; relative to the experiment file, then to the current folder.
-        size: height and width in pixels.
-        test_fraction: share of each class that is the test set (when there is no test/ folder).
-
-    Returns:
-        uint8 [n, 3, size, size]; classes are the names of the subfolders, sorted.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"no folder '{path}' (key 'path' of [data] name = \"imagefolder:PATH\")")
-    parts = [root / "train", root / "test"]
-    if not all(part.is_dir() for part in parts):
-        parts = [root]
-    classes = tuple(sorted(folder.name for folder in parts[0].iterdir() if folder.is_dir()))
-    if not classes:
-        raise UserError(f"{parts[0]}: no class folders; put the images of each class in a folder of its own")
-    loaded = [_read_images(part, classes, size) for part in parts]
-    xs, ys = [x for x, _, _ in loaded], [y for _, y, _ in loaded]
-    attributes, train_z, test_z = _attributes_in(root, [files for _, _, files in loaded])
-    rest = classes, None, attributes, train_z, test_z
-    if len(loaded) == 1:
-        return split(Arrays(xs[0], ys[0], xs[0], ys[0], *rest, UNDIVIDED), test_fraction)
-    return Arrays(xs[0], ys[0], xs[1], ys[1], *rest)
-
-
-def _attributes_in(root: Path, files: list[list[Path]]) -> Attributes:
-    """Attributes in `attributes.csv`, in the order of the files of the training and the test part."""
-    table = root / "attributes.csv"
-    if not table.is_file():
-        return (), None, None
-    rows = _rows_of(table)
-    parts: list[list[dict[str, str]]] = []
-    for part in files:
-        missing = [name for file in part if (name := file.relative_to(root).as_posix()) not in rows]
-        if missing:
-            raise UserError(f"{table}: no line for '{missing[0]}' ({len(missing)} missing)")
-        parts.append([rows[file.relative_to(root).as_posix()] for file in part])
-    found = []
-    for name in rows[files[0][0].relative_to(root).as_posix()]:
-        texts = {
-            p: [row[name] or "" for row in part] for p, part in zip(("train", "test"), parts, strict=False)
-        }
-        where = f"{table}: column '{name}'"
-        found.append(coded(_typed(texts, where), name, where))
-    if not found:
-        return (), None, None
-    train, test = (
-        np.stack([c[p] for _, c in found], 1) if p in found[0][1] else None for p in ("train", "test")
+def _compared(arrays: Arrays) -> Arrays:
+    """Say how many test samples stand among the training samples (rows of a table may do so by chance)."""
+    twice = repeated(arrays.train_x, arrays.test_x) if arrays.train_x.ndim > 2 else ()
+    if not len(twice):
+        return arrays
+    told = (
+        f"{len(twice)} test samples are training samples, too, bit by bit (the first: test sample {twice[0]})"
+        ": accuracy will be too good"
     )
-    return tuple(attribute for attribute, _ in found), train, test
-
-
-def _rows_of(table: Path) -> dict[str, dict[str, str]]:
-    """The lines of a table, by file."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            names = reader.fieldnames or []
-            if "file" not in names:
-                raise UserError(f"{table}: the first line must be file,NAME,..., not '{','.join(names)}'")
-            rows = {}
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{table}: line {reader.line_num} has not {len(names)} cells")
-                rows[row.pop("file")] = row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table}: not UTF-8 ({error}); save it as UTF-8") from error
-    return rows
-
-
-def _typed(texts: dict[str, list[str]], where: str) -> dict[str, Array]:
-    """Columns of text as integers (empty: -1), else as numbers if there is a decimal point, else as text."""
-    everything = [text.strip() for column in texts.values() for text in column]
-    there = [text for text in everything if text]
-    kind: Any = str
-    if there and all(re.fullmatch(r"-?\d+", text) for text in there):
-        kind = np.int64
-    elif there and all(_NUMBER.fullmatch(text) for text in there):
-        if len(there) < len(everything):
-            raise UserError(f"{where}: a number is missing; leave such images out, or make it categorical")
-        kind = np.float64
-    empty = str(UNKNOWN) if kind is np.int64 else ""
-    return {
-        part: np.array([text.strip() or empty for text in column]).astype(kind)
-        for part, column in texts.items()
-    }
-
-
-def _read_images(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Array, Integers, list[Path]]:
-    from PIL import Image
-
-    unknown = {sub.name for sub in folder.iterdir() if sub.is_dir()} - set(classes)
-    if unknown:
-        raise UserError(f"{folder}: class '{min(unknown)}' has no folder among the training images")
-    files = [(file, label) for label, name in enumerate(classes) for file in image_files(folder / name)]
-    if not files:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{folder}: no image files ({known}) in its class folders")
-    x = np.empty((len(files), 3, size, size), np.uint8)
-    for row, (file, _) in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        except OSError as error:
-            raise UserError(f"{file}: not a readable image ({error}); remove or replace it") from error
-        x[row] = np.asarray(small).transpose(2, 0, 1)
-    return x, np.array([label for _, label in files], np.int64), [file for file, _ in files]
+    return replace(arrays, notes=(*arrays.notes, told))

@@ -7,7 +7,7 @@ A dataset function takes the keys of `[data]` as keyword arguments and returns `
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.data.attributes import Attribute, Column
-from fedsim.errors import UserError
+from fedsim.data.pixels import ValueRange
+from fedsim.errors import UserError, listed
 from fedsim.ranges import NonNegative
 
 Array = npt.NDArray[Any]
@@ -29,7 +30,6 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 UNDIVIDED = "undivided"
 
 _PRETRAINING, _DIGITS_TEST = 700, 350
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Arrays:
         test_z: the same for the test samples [m, attributes].
         digest: sha256 over the content, in hex (computed when left out).
         vocabulary: words of the tokenizer that the token ids are from, or None.
+        notes: what the reader decided, skipped and found odd, a line each (not part of the digest).
+        ranges: which stored values were taken as black and white, one per dtype (not part of the digest).
     """
 
     train_x: Array
@@ -61,6 +63,8 @@ class Arrays:
     test_z: Column | None = None
     digest: str = field(default="")
     vocabulary: int | None = None
+    notes: tuple[str, ...] = ()
+    ranges: tuple[ValueRange, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.digest:
@@ -70,6 +74,34 @@ class Arrays:
         """The arrays that are there, by name."""
         names = ("train_x", "train_y", "test_x", "test_y", "groups", "train_z", "test_z")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def card(self) -> list[str]:
+        """The data card: what was taken of a dataset, in lines; what was decided and skipped follows."""
+        lines = [
+            f"{len(self.train_y)} training and {len(self.test_y)} test samples, {self.train_x.dtype} "
+            f"{list(self.train_x.shape[1:])}, {len(self.classes)} classes: {listed(self.classes)}"
+        ]
+        for part, labels in (("training", self.train_y), ("test", self.test_y)):
+            there = set(np.unique(labels).tolist())
+            lacking = [name for number, name in enumerate(self.classes) if number not in there]
+            if lacking:
+                lines.append(f"{len(lacking)} classes without {part} samples: {listed(lacking)}")
+        return [*lines, *self.notes]
+
+    def divided(self, train: Integers, test: Integers) -> Arrays:
+        """Training and test set as rows of the training data."""
+        z, groups = self.train_z, self.groups
+        return replace(
+            self,
+            train_x=self.train_x[train],
+            train_y=self.train_y[train],
+            test_x=self.train_x[test],
+            test_y=self.train_y[test],
+            groups=None if groups is None else groups[train],
+            train_z=None if z is None else z[train],
+            test_z=None if z is None else z[test],
+            digest="",
+        )
 
 
 def _digest(arrays: Arrays) -> str:
@@ -158,26 +190,13 @@ def mnist_5k() -> Arrays:
 
 def split(whole: Arrays, test_fraction: float) -> Arrays:
     """Fixed stratified split of a dataset that has a training part only; both parts keep their order."""
-    test = np.zeros(len(whole.train_y), bool)
-    chosen = stratified(whole.train_y, test_fraction, seed=0)
-    test[chosen] = True
-    return divided(whole, np.flatnonzero(~test), np.flatnonzero(test))
+    return whole.divided(*split_rows(whole.train_y, test_fraction))
 
 
-def divided(whole: Arrays, train: Integers, test: Integers) -> Arrays:
-    """Training and test set as rows of the training data of `whole`."""
-    x, y, z, groups = whole.train_x, whole.train_y, whole.train_z, whole.groups
-    return Arrays(
-        x[train],
-        y[train],
-        x[test],
-        y[test],
-        whole.classes,
-        None if groups is None else groups[train],
-        whole.attributes,
-        None if z is None else z[train],
-        None if z is None else z[test],
-    )
+def split_rows(labels: Integers, test_fraction: float) -> tuple[Integers, Integers]:
+    """Rows of the training and of the test set in a fixed stratified split, each sorted."""
+    test = stratified(labels, test_fraction, seed=0)
+    return np.setdiff1d(np.arange(len(labels)), test), test
 
 
 def stratified(labels: Integers, fraction: float, *, seed: int) -> Integers:
@@ -209,6 +228,11 @@ def fixed_subset(cells: Integers, count: int | None, key: str) -> Integers:
     return np.sort(np.argsort(turn, kind="stable")[:count])
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+def repeated(train_x: Array, test_x: Array) -> Integers:
+    """Rows of the test inputs that stand among the training inputs, too, bit by bit."""
+    known = {_row(row) for row in train_x}
+    return np.array([number for number, row in enumerate(test_x) if _row(row) in known], np.int64)
+
+
+def _row(values: Array) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).digest()

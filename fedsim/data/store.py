@@ -17,18 +17,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim import registry
+from fedsim.data import pixels
+from fedsim.data.archives import unfit
 from fedsim.data.attributes import Attribute, complaint
-from fedsim.data.sources import Arrays, image_files
+from fedsim.data.folders import look
+from fedsim.data.sources import Arrays
 from fedsim.errors import UserError
 from fedsim.lookup import find
 
-_VERSION = "2"
+_VERSION = "3"
 
 
 def cache_folder(part: str) -> Path:
@@ -94,11 +98,11 @@ def code_stamp(target: Callable[..., Any]) -> list[Any]:
 
 
 def _stamp(path: Path) -> list[Any]:
-    """What changes when a file, or any image or table in a folder, is replaced: names, sizes, times."""
-    files = [path] if path.is_file() else []
+    """What changes when a file, or anything in a folder, is replaced: names, sizes, times."""
     if path.is_dir():
-        files = [*image_files(path), *sorted(path.glob("*.csv"))]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return look(path).stamp()
+    status = path.stat()
+    return [[str(path), status.st_size, status.st_mtime_ns]]
 
 
 def _checked(arrays: Arrays, name: str) -> Arrays:
@@ -116,19 +120,31 @@ def _checked(arrays: Arrays, name: str) -> Arrays:
                 f"[data] '{name}': {part} inputs must be uint8, int32 or float32 and labels int64, "
                 f"not {x.dtype} and {y.dtype}"
             )
+        reason = unfit(x)
+        if reason:
+            raise UserError(
+                f"[data] '{name}': the {part} set {reason}; mend these samples, or leave them out"
+            )
         wrong = np.setdiff1d(y, np.arange(len(arrays.classes)))
         if len(wrong):
             raise UserError(
                 f"[data] '{name}': {part} label {wrong[0]} is unknown, there are {len(arrays.classes)} "
                 f"classes (0 to {len(arrays.classes) - 1}); renumber the labels or name all classes"
             )
-        reason = complaint(arrays.attributes, z, len(y))
-        if reason:
-            raise UserError(f"[data] '{name}', {part} set: {reason}")
+        odd = complaint(arrays.attributes, z, len(y))
+        if odd:
+            raise UserError(f"[data] '{name}', {part} set: {odd}")
     if arrays.train_x.shape[1:] != arrays.test_x.shape[1:]:
         shapes = f"{list(arrays.train_x.shape[1:])} and {list(arrays.test_x.shape[1:])}"
         raise UserError(f"[data] '{name}': training and test samples differ in shape: {shapes}")
-    return arrays
+    if arrays.ranges or arrays.train_x.ndim != 4 or arrays.train_x.dtype != np.float32:
+        return arrays
+    seen = pixels.spread([arrays.train_x, arrays.test_x])
+    usual = pixels.decide(seen, "auto", name)
+    if (usual.low, usual.high) == (0, 1):
+        return arrays
+    told = pixels.described(seen, pixels.decide(seen, "keep", name))
+    return replace(arrays, notes=(*arrays.notes, told))
 
 
 def _open(folder: Path) -> Arrays | None:
@@ -145,6 +161,8 @@ def _open(folder: Path) -> Arrays | None:
             attributes=attributes,
             vocabulary=meta.get("vocabulary"),
             digest=meta["digest"],
+            notes=tuple(meta["notes"]),
+            ranges=pixels.from_json(meta["ranges"]),
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
@@ -163,6 +181,8 @@ def _write(folder: Path, arrays: Arrays) -> None:
             "attributes": attributes,
             "vocabulary": arrays.vocabulary,
             "digest": arrays.digest,
+            "notes": arrays.notes,
+            "ranges": pixels.to_json(arrays.ranges),
             "shapes": shapes,
         }
         (made / "meta.json").write_text(json.dumps(meta), "utf-8")

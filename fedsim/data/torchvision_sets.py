@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.data.archives import DAMAGE
+from fedsim.data.pixels import rgb
 from fedsim.data.sources import Array, Arrays, Integers, fixed_subset, stratified
 from fedsim.data.store import cache_folder
 from fedsim.errors import UserError, nearest
@@ -77,10 +79,11 @@ def _opened(name: str) -> list[Any]:
         if "split" in keys:
             return [_train_part(kind, root), kind(root, split="test", download=True)]
         return [kind(root, download=True)]
-    except (OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
+    except (*DAMAGE, ImportError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"torchvision cannot give the dataset '{name}' ({str(error).splitlines()[0]}); without a "
-            'network bring the images as [data] name = "imagefolder:FOLDER"'
+            f"torchvision cannot give the dataset '{name}' ({reason}); without a network bring the images as "
+            f'[data] name = "imagefolder:FOLDER"; half a download is in {root}: delete it'
         ) from error
 
 
@@ -110,7 +113,13 @@ def _classes(part: Any, count: int) -> tuple[str, ...]:
 def _images(part: Any, rows: Integers, size: int | None, name: str) -> Array:
     pixels: Array | None = None
     for place, row in enumerate(rows):
-        one = _pixels(part[int(row)][0], size)
+        try:
+            one = _pixels(part[int(row)][0], size, f"'torchvision:{name}', image {row}")
+        except DAMAGE as error:
+            raise UserError(
+                f"'torchvision:{name}': image {row} cannot be read ({error}); delete the set's files in "
+                f"{cache_folder('torchvision')}, they are downloaded again"
+            ) from error
         if pixels is None:
             pixels = np.empty((len(rows), *one.shape), np.uint8)
         if one.shape != pixels.shape[1:]:
@@ -124,11 +133,11 @@ def _images(part: Any, rows: Integers, size: int | None, name: str) -> Array:
     return pixels
 
 
-def _pixels(image: Any, size: int | None) -> Array:
+def _pixels(image: Any, size: int | None, where: str) -> Array:
     """A PIL image as uint8 [3, h, w]."""
     from PIL import Image
 
-    image = image.convert("RGB")
+    image = rgb(image, where)
     if size is not None:
         width, height = image.size
         scale = size / min(width, height)

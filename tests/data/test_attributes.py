@@ -156,7 +156,7 @@ def test_a_folder_of_images_has_a_table_of_attributes(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("image,a\n", "the first line must be file,NAME,..., not 'image,a'"),
-        ("file;a\n", "the first line must be file,NAME,..., not 'file;a'"),
+        ("file|a\n", r"the first line must be file,NAME,..., not 'file\|a'"),
         ("file,a\nx/0.png,1,2\n", "line 2 has not 2 cells"),
         ("file,a\nx/0.png\n", "line 2 has not 2 cells"),
         ("file,a\nx/0.png,1.5\nx/1.png,\ny/0.png,2.5\ny/1.png,2.5\n", "column 'a': a number is missing"),

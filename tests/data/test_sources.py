@@ -89,7 +89,7 @@ def test_npz_with_x_and_y_is_split_once_and_for_all(tmp_path: Path) -> None:
     [
         ({"y_test": None}, r"mine\.npz: no key 'y_test' \(it has x_test, x_train, y_train\)"),
         ({"y_train": np.arange(39)}, "'x_train' has 40 samples but its labels are 39"),
-        ({"y_train": np.zeros(40)}, "'y_train' must be integers"),
+        ({"y_train": np.full(40, 0.5)}, "'y_train' must be integers"),
         ({"y_test": np.full(8, 9), "classes": np.array(["a", "b", "c", "d"])}, "test label 9 is unknown"),
         ({"x_test": np.zeros((0, 6, 6, 3), np.uint8), "y_test": np.zeros(0, int)}, "the test set is empty"),
         ({"x_test": np.zeros((8, 5, 5, 3), np.uint8)}, "training and test samples differ in shape"),
