@@ -6,6 +6,7 @@ import io
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -152,3 +153,25 @@ def _picture(hook: LiveHook) -> str:
     console = Console(file=io.StringIO(), width=80)
     console.print(hook)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_the_data_card_comes_once_before_the_first_round(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    file = tmp_path / "mine.npz"
+    np.savez(file, train_images=rng.integers(0, 256, (40, 5, 5)), train_labels=np.arange(40) % 2 + 7)
+    experiment = tiny("rounds=1", data={"name": f"npz:{file}"}, baselines=["local-only"])
+    for watch in (True, False):
+        lines: list[str] = []
+        console = Console(file=io.StringIO(), width=200)
+        hook = PlainHook(lines.append, experiment) if watch else LiveHook(console, experiment)
+        summary = run(experiment, tmp_path / f"runs{watch}", hook).summary
+        if not watch:
+            lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        shown = [line for line in lines if "data: " in line]
+        assert [line.split("data: ")[1] for line in shown] == summary["data_card"]
+        assert "32 training and 8 test samples, uint8 [1, 5, 5], 2 classes: 7, 8" in shown[0]
+        if watch:
+            assert lines.index(shown[0]) < next(n for n, line in enumerate(lines) if "round 0" in line)
+    lines = []
+    assert "data_card" not in run(tiny("rounds=1"), tmp_path / "bundled", PlainHook(lines.append)).summary
+    assert not any("data: " in line for line in lines)

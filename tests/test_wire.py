@@ -236,3 +236,27 @@ def test_nodes_with_private_files_equal_a_natural_partition(tmp_path: Path) -> N
     lines = (tmp_path / "again" / "tiny" / "clients.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert {row["client"] for row in rows if "there is no" in row.get("error", "")} == {1}
+
+
+def test_nodes_with_dark_images_read_them_as_the_server_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """16 bits: what clients 0 and 1 have would be 8 and 12 bits if it were all there is."""
+    rng = np.random.default_rng(0)
+    y, owner = np.arange(90) % 3, np.arange(90) // 30
+    x = np.array([200, 4000, 65535])[owner][:, None, None] * rng.random((90, 4, 4))
+    x = x.astype(np.uint16)
+    test = {"x_test": x[::10], "y_test": y[::10]}
+    np.savez(tmp_path / "all.npz", x_train=x, y_train=y, groups=owner, **test)
+    for client in range(3):
+        mine = owner == client
+        own = {"x_test": x[mine][:6], "y_test": y[mine][:6]}
+        np.savez(tmp_path / f"{client}.npz", x_train=x[mine], y_train=y[mine], **own)
+    data = {"name": f"npz:{tmp_path / 'all.npz'}"}
+    experiment = tiny("rounds=1", data=data, partition={"name": "natural", "clients": 3})
+    ours = run(experiment, tmp_path / "ours").summary
+    theirs, _ = on_foreign_grid(experiment, tmp_path / "theirs", WithOwnData(tmp_path))
+    assert theirs["digest"] == ours["digest"]
+    printed = capfd.readouterr().out
+    assert printed.count("data of client 0: 30 training and 6 test samples") == 1
+    assert "data of client 0: pixels: uint16 values from 0 to 19" in printed

@@ -52,7 +52,7 @@ def read(root: Path, files: Sequence[Path]) -> tuple[tuple[Attribute, ...], Colu
         raise UserError(f"{table}: no line for '{missing[0]}' ({len(missing)} missing)")
     notes = []
     if extra := len(rows) - len(set(wanted)):
-        notes.append(f"{TABLE}: {extra} lines name files that are no images of the dataset")
+        notes.append(f"{TABLE}: lines for files that are no images of the dataset: {extra}")
     found = []
     for name in names:
         texts = [rows[file][1][name] for file in wanted]

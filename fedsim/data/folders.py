@@ -278,4 +278,4 @@ def _remarks(tree: Tree, train: list[_Image], test: list[_Image] | None) -> list
         (tree.hidden, "hidden files or folders", dict.fromkeys(tree.hidden)),
         (tree.again, "links to folders that are read anyway", (f.name for f in tree.again)),
     ]
-    return [f"skipped: {len(what)} {kind} ({listed(names)})" for what, kind, names in skipped if what]
+    return [f"skipped {kind}: {len(what)} ({listed(names)})" for what, kind, names in skipped if what]

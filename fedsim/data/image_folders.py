@@ -61,8 +61,8 @@ def imagefolder(
     twice = repeated(x[train], x[test])
     if len(twice):
         notes.append(
-            f"{len(twice)} test images are training images, too, pixel by pixel (the first: "
-            f"{files[test[twice[0]]].relative_to(root)}): accuracy will be too good"
+            f"test images that are training images, too, pixel by pixel: {len(twice)} (the first: "
+            f"{files[test[twice[0]]].relative_to(root)}); accuracy will be too good"
         )
     whole = Arrays(
         x, y, x, y, found.classes, None, attributes, z, z, UNDIVIDED,
@@ -110,4 +110,4 @@ def _read(
             x[row] = level if level.ndim == 2 else level.transpose(2, 0, 1)
         ranges.append(chosen)
         notes.append(pixels.described(spread, chosen))
-    return x, tuple(ranges), [*notes, *(f"{count} images {what}" for what, count in done.items())]
+    return x, tuple(ranges), [*notes, *(f"images {what}: {count}" for what, count in done.items())]

@@ -46,11 +46,13 @@ def coded_labels(
     every = np.concatenate(list(flat.values()))
     values = np.unique(every)
     if text == {True} and len(values) and not values[0]:
-        raise UserError(f"{path}: {' and '.join(flat)}: {np.sum(every == '')} labels are empty; name them")
+        raise UserError(
+            f"{path}: {' and '.join(flat)}: labels that are empty: {np.sum(every == '')}; name them"
+        )
     if text == {False} and len(values) and values[0] < 0 and values.tolist() != [-1, 1]:
         raise UserError(
-            f"{path}: {' and '.join(flat)}: {np.sum(every < 0)} labels are negative (the lowest: {values[0]})"
-            "; leave unlabelled samples out, or store labels as text"
+            f"{path}: {' and '.join(flat)}: labels below 0: {np.sum(every < 0)} (the lowest: {values[0]}); "
+            "leave unlabelled samples out, or store labels as text"
         )
     if len(values) > max(_MANY, len(every) // 2):
         raise UserError(
@@ -79,10 +81,10 @@ def column(y: Array, path: str, key: str, notes: list[str]) -> Array:
             f"{path}: '{key}' has several labels in a row {list(y.shape)}; one label per sample is needed"
         )
     if y.ndim == 1 and y.dtype.kind == "f":
-        odd = np.flatnonzero(~np.isfinite(y) | (y % 1 != 0) | (np.abs(y) >= 2**53))
+        odd = np.flatnonzero(~np.isfinite(y) | (y != np.floor(y)) | (np.abs(y) >= 2**53))
         if len(odd):
             raise UserError(
-                f"{path}: '{key}' must be integers, but {len(odd)} of its numbers are not (sample {odd[0]}: "
+                f"{path}: '{key}' must be integers, but not all of its numbers are (first, sample {odd[0]}: "
                 f"{y[odd[0]]:g}); classes are whole numbers or text"
             )
     if y.ndim == 1 and y.dtype.kind == "S":

@@ -76,7 +76,7 @@ def npz(
     }
     notes = [*_joined(parts, keys, rest), *more, *notes]
     if unused:
-        notes.append(f"skipped: keys {', '.join(sorted(unused))}")
+        notes.append(f"skipped keys: {', '.join(sorted(unused))}")
     (train_x, train_y, train_z, groups), tested = parts["train"], parts.get("test")
     common: dict[str, Any] = {"notes": tuple(notes), "ranges": ranges}
     if tested is None:
@@ -199,11 +199,13 @@ def _stacked(columns: list[Column], path: str) -> Column:
 
 def _compared(arrays: Arrays) -> Arrays:
     """Say how many test samples stand among the training samples (rows of a table may do so by chance)."""
-    twice = repeated(arrays.train_x, arrays.test_x) if arrays.train_x.ndim > 2 else ()
+    if arrays.train_x.ndim < 3:
+        return arrays
+    twice = repeated(arrays.train_x, arrays.test_x)
     if not len(twice):
         return arrays
     told = (
-        f"{len(twice)} test samples are training samples, too, bit by bit (the first: test sample {twice[0]})"
-        ": accuracy will be too good"
+        f"test samples that are training samples, too, bit by bit: {len(twice)} (the first: test sample "
+        f"{twice[0]}); accuracy will be too good"
     )
     return replace(arrays, notes=(*arrays.notes, told))

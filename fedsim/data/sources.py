@@ -85,7 +85,7 @@ class Arrays:
             there = set(np.unique(labels).tolist())
             lacking = [name for number, name in enumerate(self.classes) if number not in there]
             if lacking:
-                lines.append(f"{len(lacking)} classes without {part} samples: {listed(lacking)}")
+                lines.append(f"classes without {part} samples: {len(lacking)} ({listed(lacking)})")
         return [*lines, *self.notes]
 
     def divided(self, train: Integers, test: Integers) -> Arrays:

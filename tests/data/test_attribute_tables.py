@@ -57,7 +57,7 @@ def test_text_stays_text_and_odd_values_are_said(tmp_path: Path) -> None:
     attributes, _, notes = column(tmp_path, "file,town\na/0.png,Ulm\na/1.png,NA\na/2.png,Ulm\na/9.png,Rom\n")
     assert attributes == (Attribute("town", ("NA", "Ulm")),)
     assert any("'NA' is a value of 'town'" in note for note in notes)
-    assert any("1 lines name files that are no images" in note for note in notes)
+    assert any("no images of the dataset: 1" in note for note in notes)
 
 
 @pytest.mark.parametrize(

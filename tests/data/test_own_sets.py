@@ -51,8 +51,8 @@ def test_parts_that_are_missing_or_doubtful(tmp_path: Path) -> None:
     assert len(found.test_y) == 3
     card = "\n".join(found.card())
     assert "'val_images' is the test set" in card
-    assert "skipped: keys extra" in card
-    assert "3 test samples are training samples, too" in card
+    assert "skipped keys: extra" in card
+    assert "training samples, too, bit by bit: 3" in card
     assert len(read(tmp_path, X=x, y=y, x_test=x[:1], y_test=y[:1]).train_y) == 10
     with pytest.raises(UserError, match=r"no key 'y_train' \(it has images, x_train\)"):
         read(tmp_path, x_train=x, images=x)
@@ -157,13 +157,13 @@ def test_labels_by_name_follow_the_list_of_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("y", "said"),
     [
-        (np.array([0, -1, 1, -1]), r"y: 2 labels are negative \(the lowest: -1\)"),
+        (np.array([0, -1, 1, -1]), r"y: labels below 0: 2 \(the lowest: -1\)"),
         (
             np.array([0, 1.5, np.nan, 1]),
-            r"'y' must be integers, but 2 of its numbers are not \(sample 1: 1.5\)",
+            r"'y' must be integers, but not all of its numbers are \(first, sample 1: 1.5\)",
         ),
         (np.array([[1, 1], [0, 1], [0, 0], [1, 0]]), "'y' has several labels in a row"),
-        (np.array(["a", "", "b", "b"]), "1 labels are empty"),
+        (np.array(["a", "", "b", "b"]), "labels that are empty: 1"),
         (np.zeros((4, 2, 2)), "'y' must be integers or text"),
         (np.array([1j, 0, 0, 0]), "'y' must be integers or text"),
     ],
@@ -285,7 +285,7 @@ def test_an_archive_that_unpacks_beyond_the_memory_is_not_read(
 
 def test_keys_that_nobody_asks_for_may_hold_anything(tmp_path: Path) -> None:
     found = read(tmp_path, x=images(10, 4, 4), y=np.arange(10) % 2, meta=np.array([{}], object))
-    assert any("skipped: keys meta" in line for line in found.card())
+    assert any("skipped keys: meta" in line for line in found.card())
 
 
 def test_text_among_numbers_is_no_attribute(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,33 @@ def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets, "Offline", Offline, raising=False)
     with pytest.raises(UserError, match=r"no route.*imagefolder:FOLDER"):
         torchvision_set(name="Offline")
+
+
+def test_transparent_pictures_are_shown_on_white(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    monkeypatch.setattr(Whole, "__getitem__", lambda self, row: (clear, row % 3))
+    assert (torchvision_set(name="Whole").train_x == 255).all()
+    deep = Image.fromarray(np.zeros((4, 4), np.uint16))
+    monkeypatch.setattr(Whole, "__getitem__", lambda self, row: (deep, row % 3))
+    with pytest.raises(UserError, match="'torchvision:Whole', image 0: an image has more than 8 bits"):
+        torchvision_set(name="Whole")
+
+
+@pytest.mark.parametrize("error", [zipfile.BadZipFile("no zip"), tarfile.ReadError("cut"), EOFError()])
+def test_damaged_downloads_are_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Whole, row: int) -> None:
+        raise error
+
+    monkeypatch.setattr(Whole, "__getitem__", broken)
+    with pytest.raises(
+        UserError, match=r"'torchvision:Whole': image \d+ cannot be read .* delete the set's files"
+    ):
+        torchvision_set(name="Whole")
+
+    class Half(Whole):
+        def __init__(self, root: str, *, download: bool = False) -> None:
+            raise error
+
+    monkeypatch.setattr(datasets, "Half", Half, raising=False)
+    with pytest.raises(UserError, match=r"cannot give the dataset 'Half'.*half a download is in"):
+        torchvision_set(name="Half")
