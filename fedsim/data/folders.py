@@ -71,9 +71,16 @@ class Tree:
         """Folders with an image somewhere below."""
         return {parent for image in self.images for parent in image.parents}
 
+    @cached_property
+    def _children(self) -> dict[Path, list[Path]]:
+        children: dict[Path, list[Path]] = {}
+        for folder in sorted(self.folders):
+            children.setdefault(folder.parent, []).append(folder)
+        return children
+
     def inside(self, folder: Path, *, empty: bool = False) -> list[Path]:
         """Folders directly in a folder, sorted; those without images only if `empty`."""
-        return sorted(f for f in self.folders if f.parent == folder and (empty or f in self._full))
+        return [sub for sub in self._children.get(folder, []) if empty or sub in self._full]
 
     def direct(self, folders: Iterable[Path]) -> bool:
         """Whether an image lies directly in one of some folders."""

@@ -74,7 +74,7 @@ def npz(
         part: (x[x_key], y[y_key], z.get(part), _groups(rest, path, part, sizes) if part != "test" else None)
         for part, (x_key, y_key) in keys.items()
     }
-    notes = [*_joined(parts, keys, rest), *more, *notes]
+    notes = [*_joined(parts, keys), *more, *notes]
     if unused:
         notes.append(f"skipped keys: {', '.join(sorted(unused))}")
     (train_x, train_y, train_z, groups), tested = parts["train"], parts.get("test")
@@ -95,7 +95,7 @@ def npz(
 _Part = tuple[Array, Integers, Column | None, Integers | None]
 
 
-def _joined(parts: dict[str, _Part], keys: _Keys, rest: Mapping[str, Array]) -> list[str]:
+def _joined(parts: dict[str, _Part], keys: _Keys) -> list[str]:
     """Make `train` and `test` of what there is (in place), and say so."""
     if "val" not in parts:
         return [] if "test" in parts else ["no test part: a fixed share of each class is the test set"]
@@ -164,7 +164,7 @@ def _attributes(
         missing = [other for s in suffixes.values() if (other := f"z_{name}{s}") not in rest]
         if missing:
             raise UserError(f"{path}: no key '{missing[0]}', but attribute '{name}' is given for training")
-        columns = {part: rest[f"z_{name}{suffix}"] for part, suffix in suffixes.items()}
+        columns = {part: _flat(rest[f"z_{name}{suffix}"]) for part, suffix in suffixes.items()}
         _check_text(columns, path, name)
         found.append(coded(columns, name, f"{path}: 'z_{name}'"))
     if not found:
@@ -176,6 +176,11 @@ def _attributes(
         if reason:
             raise UserError(f"{path}: {reason}")
     return attributes, z
+
+
+def _flat(column: Array) -> Array:
+    """[n, 1] as [n]."""
+    return column[:, 0] if column.ndim == 2 and column.shape[1] == 1 else column
 
 
 def _check_text(columns: Mapping[str, Array], path: str, name: str) -> None:

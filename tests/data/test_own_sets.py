@@ -288,6 +288,16 @@ def test_keys_that_nobody_asks_for_may_hold_anything(tmp_path: Path) -> None:
     assert any("skipped keys: meta" in line for line in found.card())
 
 
+def test_a_column_of_attributes_may_have_two_axes(tmp_path: Path) -> None:
+    ages = np.arange(10)[:, None] / 2
+    found = read(
+        tmp_path, x=images(10, 5), y=np.arange(10) % 2, z_age=ages, groups=np.arange(10)[:, None] % 3
+    )
+    assert found.train_z is not None
+    assert found.test_z is not None
+    assert sorted([*found.train_z[:, 0], *found.test_z[:, 0]]) == ages[:, 0].tolist()
+
+
 def test_text_among_numbers_is_no_attribute(tmp_path: Path) -> None:
     ages = np.array(["23", "NA", "41", "35"])
     with pytest.raises(UserError, match=r"'z_age' \(train\), sample 1: 'NA' is no number"):
