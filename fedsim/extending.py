@@ -13,6 +13,7 @@ from fedsim import registry
 from fedsim.config import Experiment
 from fedsim.errors import UserError
 from fedsim.files import write_atomic
+from fedsim.forgetting.request import LINEAGE
 from fedsim.rounds import lr_scale
 from fedsim.runs import Run
 
@@ -73,6 +74,8 @@ def _check_place(run: Run) -> None:
             f"{run.folder} is a cell of a sweep, whose cells have equally many rounds: sweep anew with "
             "--set rounds=N --name NAME"
         )
+    if (run.folder / LINEAGE).is_file():
+        raise UserError(f"{run.folder} is the result of forgetting, which is compared by its rounds")
     if parent.name == "baselines":
         raise UserError(f"{run.folder} is a baseline of {parent.parent}: add the rounds to that run")
 
