@@ -237,7 +237,7 @@ def export(
             from fedsim import export as exporting
 
             found = _open(folder)
-            report = exporting.export(found, out or found.folder / "export")
+            report = exporting.export(found, place_for(out or found.folder / "export", "--out"))
         for text in report["notices"]:
             session.note(text)
         session.facts({"exported": report["state"], "folder": report["folder"]})

@@ -49,9 +49,12 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             ours = {option for parameter in self.params for option in parameter.opts}
-            if "--set" in ours:
-                error.message = f"{error.message.rstrip('.')}{_hint(error, given, '--grid' in ours)}"
-            raise
+            option = error.option_name
+            misspelt = "." not in option and get_close_matches(option, ours, cutoff=0.75)
+            if "--set" not in ours or misspelt:
+                raise  # click names what is close
+            text = f"{error.message.rstrip('.')}; {_hint(option, given, grid='--grid' in ours)}"
+            raise click.NoSuchOption(option, message=text, ctx=error.ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """As ever, but `[default: 4]` as it is: typer 0.20 escapes the bracket for markup that is off."""
@@ -59,23 +62,18 @@ class Command(TyperCommand):
         formatter.buffer = [text.replace("\\[", "[") for text in formatter.buffer]
 
 
-def _hint(error: click.NoSuchOption, given: Sequence[str], grid: bool) -> str:
+def _hint(option: str, given: Sequence[str], *, grid: bool) -> str:
     """How the key that an unknown option is, or seems to be, is set."""
-    word = error.option_name.lstrip("-").replace("-", "_")
-    key = _key_like(word)
+    key = _key_like(option.lstrip("-").replace("-", "_"))
     if key is None:
-        if get_close_matches(error.option_name, error.possibilities or (), cutoff=0.75):  # click names them
-            return "."
-        error.possibilities = []
-        return "; keys of the experiment are given with --set, such as --set client.lr=0.01"
+        return "keys of the experiment are given with --set, such as --set client.lr=0.01"
     value = "VALUE"
     for text, after in zip(given, [*given[1:], "-"], strict=True):
         name, equals, rest = text.partition("=")
-        if name == error.option_name and (equals or not after.startswith("-")):
+        if name == option and (equals or not after.startswith("-")):
             value = rest if equals else after
-    many = grid and "," in value
-    error.possibilities = []
-    return f"; a key of the experiment is given with {'--grid' if many else '--set'} {key}={value}"
+    setter = "--grid" if grid and "," in value else "--set"
+    return f"a key of the experiment is given with {setter} {key}={value}"
 
 
 def _key_like(word: str) -> str | None:

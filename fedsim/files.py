@@ -37,32 +37,31 @@ def text_of(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text ({found}); save it as UTF-8") from error
 
 
-def place_for(file: Path, option: str) -> Path:
-    """A file that is to be written, its folder made if needed: asked before the work, not after it.
+def place_for(path: Path, option: str) -> Path:
+    """A file or folder that is to be written, its parents made: asked before the work, not after it.
 
     Args:
-        file: the place.
+        path: the place.
         option: that named it, for the error message.
 
     Raises:
         UserError: it cannot be written there.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{option} {file}: cannot make its folder ({error.strerror}); name another"
-        ) from error
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        reason = "it is a folder" if file.is_dir() else "permission denied"
-        raise UserError(f"{option} {file}: cannot be written ({reason}); name another file")
-    return file
+        raise UserError(f"{option} {path}: cannot make its folder ({error.strerror})") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: may not be written; name another place")
+    return path
 
 
 def place_for_picture(file: Path, option: str) -> Path:
     """As `place_for`, for a file whose name says which kind of picture it is."""
     if file.suffix.lower() not in PICTURES:
         raise UserError(f"{option} {file}: the name must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    if file.is_dir():
+        raise UserError(f"{option} {file}: is a folder; name a file")
     return place_for(file, option)
 
 

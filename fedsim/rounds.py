@@ -199,9 +199,8 @@ class Loop:
     def _watch_loss(self, progress: Progress, record: Round) -> None:
         """Say once that training diverges, and what to turn down."""
         loss = record.loss if record.loss is not None else record.train_loss
-        start = progress.start["loss"]
-        limit = _DIVERGED * max(start, 1.0) if math.isfinite(start) else math.inf
-        if loss is None or loss <= limit or self.diverged:
+        start = progress.start.get("loss")
+        if loss is None or start is None or self.diverged or not loss > _DIVERGED * max(1.0, start):
             return
         self.diverged = True
         rates = [

@@ -32,7 +32,7 @@ from fedsim.compare import differing
 from fedsim.config import Experiment
 from fedsim.data import needs
 from fedsim.errors import UserError, nearest
-from fedsim.files import write_atomic
+from fedsim.files import place_for, write_atomic
 from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
 from fedsim.overrides import toml_value
@@ -228,7 +228,7 @@ class Sweep:
         chosen = name or f"{base.name}-sweep"
         config.check_name(chosen, "--name")
         merged = {**base.sweep, **grid}
-        return cls((parent or default_folder()) / chosen, base, merged)
+        return cls(place_for((parent or default_folder()) / chosen, "--folder"), base, merged)
 
     def run(
         self,

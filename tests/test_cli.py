@@ -135,6 +135,7 @@ def test_a_mistake_is_one_line_with_the_fix(mistake: str, fedsim: Invoke, file: 
         (["compare", "a", "b", "--plot", "x.jpeg"], ["--plot x.jpeg: the name must end in .png"]),
         (["memory", "tiny.toml", "--folder", "tiny.toml"], ["--folder tiny.toml/", "cannot make its folder"]),
         (["list", "partitions", "--of", "tiny.toml", "--folder", "tiny.toml"], ["cannot make its folder"]),
+        (["sweep", "tiny.toml", "--grid", "seed=0", "--folder", "tiny.toml"], ["cannot make its folder"]),
     ],
 )
 def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim: Invoke, file: Path) -> None:
@@ -143,6 +144,24 @@ def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim
     assert result.stderr.splitlines()[-1].startswith("error: ")
     for part in parts:
         assert part in result.stderr
+
+
+def test_data_and_model_that_nobody_named_are_said(fedsim: Invoke) -> None:
+    Path("few.toml").write_text("rounds = 1\n[partition]\nclients = 2\nshots = 2\n")
+    lines = fedsim("run", "few.toml").stdout.splitlines()
+    assert "note  no [data] is named: taking data.name=digits" in lines
+    assert "note  no [model] is named: taking model.name=tiny-clip" in lines
+    said = fedsim("run", "few.toml", "--set", "data.name=digits", "--set", "model.name=mlp").stdout
+    assert "is named" not in said
+
+
+def test_a_picture_of_runs_makes_its_folder(fedsim: Invoke, file: Path) -> None:
+    for name in ("a", "b"):
+        fedsim("run", file, "--set", "rounds=1", "--name", name)
+    for picture in ("new/folder/x.png", "new/x.SVG"):
+        result = fedsim("compare", "a", "b", "--plot", picture)
+        assert result.exit_code == 0, result.output
+        assert Path(picture).stat().st_size > 1000
 
 
 def test_a_damaged_run_beside_a_new_one_does_not_spoil_its_end(fedsim: Invoke, file: Path) -> None:

@@ -60,5 +60,7 @@ def test_a_place_is_made_or_refused_at_once(tmp_path: Path) -> None:
         place_for_picture(tmp_path / "file" / "x.png", "--plot")
     with pytest.raises(UserError, match=r"--plot x\.foo: the name must end in \.png, \.pdf or \.svg"):
         place_for_picture(Path("x.foo"), "--plot")
-    with pytest.raises(UserError, match=r"^--out .*: cannot be written \(it is a folder\)"):
-        place_for(tmp_path, "--out")
+    (tmp_path / "x.svg").mkdir()
+    with pytest.raises(UserError, match=r"^--plot .*x\.svg: is a folder; name a file"):
+        place_for_picture(tmp_path / "x.svg", "--plot")
+    assert place_for(tmp_path, "--out") == tmp_path
