@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from fedsim.cli_options import Debug
+from fedsim.cli_options import Commands, Debug
 from fedsim.errors import UserError
 from fedsim.session import Session
 
 app = typer.Typer(
+    cls=Commands,
     help="Fetch, list, find and check real data and weights.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsim import assets_cli, forget_cli, sweep_cli
-from fedsim.cli_options import Debug, File, Json, PlainHelp, RunFolder, Runs, Set, Verbose
+from fedsim.cli_options import Command, Commands, Debug, File, Json, RunFolder, Runs, Set, Verbose
 from fedsim.errors import UserError
+from fedsim.files import place_for, place_for_picture
 from fedsim.session import Session
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fedsim.runs import Run
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,7 +52,7 @@ def main_options(
     """Tune, prompt, un-learn and locally train foundation models across federated clients."""
 
 
-@app.command(cls=PlainHelp)
+@app.command(cls=Command)
 def run(
     file: File = None,
     *,
@@ -71,15 +73,18 @@ def run(
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         if file is not None and Path(file).is_dir():
-            raise typer.Exit(_run_app(Path(file), clients, overrides or []))
+            raise typer.Exit(_run_app(session, Path(file), clients, overrides or []))
         if clients is not None:
             raise UserError("--clients is for the folder of a Flower app; here say --set partition.clients=N")
-        with session.loading():
-            from fedsim import config
+        from fedsim import config
+
+        with session.loading(config.find(file or "quickstart").stem):
             from fedsim.finish import run_experiment
             from fedsim.runs import Run
 
             experiment = config.load(file, [*(overrides or []), *_named(name)])
+        for text in experiment.unsaid():
+            session.note(text)
         if experiment.sweep:
             session.note(f"this is the base experiment; fedsim sweep {file} runs the cells of its [sweep]")
         with Run.fresh(experiment, folder, overwrite=overwrite) as made:
@@ -89,47 +94,57 @@ def run(
         _close(session, result.run, result.summary, _next_command(made, experiment, file), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def resume(
     folder: RunFolder,
     *,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Train until so many rounds in all.", show_default=False)
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with an interrupted run.
+    """Go on with an interrupted run, or add rounds.
 
-    RUN is a run folder, or its name in the folder of runs.
+    RUN is a run folder, or its name in the folder of runs. With --rounds, a finished run trains on, too, and
+    ends as if it had been of so many rounds from the start.
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
-        with session.loading():
-            from fedsim import finish
+        with session.loading(folder.name):
+            from fedsim import extending, finish
 
             found = _open(folder)
+            notes = [] if rounds is None else extending.extend(found, rounds)
             experiment = found.experiment()
+        for text in notes:
+            session.note(text)
         session.on_interrupt = f"interrupted; go on with: fedsim resume {found.folder}"
         if found.finished:
-            session.note(f"{found.folder} is finished already")
+            session.note(f"{found.folder} is finished already; --rounds adds rounds")
         with session.watching(experiment) as hooks:
             result = finish.resume(found.folder, hooks)
-        _close(session, found, result.summary, _next_command(found, experiment, None), as_json=as_json)
+        file = str(found.folder / "experiment.toml")
+        _close(session, found, result.summary, _next_command(found, experiment, file), as_json=as_json)
 
 
-app.command("sweep", cls=PlainHelp)(sweep_cli.sweep)
+app.command("sweep", cls=Command)(sweep_cli.sweep)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", hidden=True)],
     *,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw accuracy by rounds and bytes as PNG.")
+        Path | None, typer.Option(metavar="FILE", help="Draw accuracy by rounds and bytes (PNG, PDF or SVG).")
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Show finished runs side by side."""
     with Session(debug=debug) as session:
-        with session.loading():
+        if plot is not None:
+            place_for_picture(plot, "--plot")
+        with session.loading("compare", aside=True):
             from fedsim.compare import comparison, draw_curves
 
             runs = [_open(folder) for folder in folders]
@@ -140,10 +155,10 @@ def compare(
             session.facts({"picture": str(plot)})
 
 
-app.command("forget", cls=PlainHelp)(forget_cli.forget)
+app.command("forget", cls=Command)(forget_cli.forget)
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(
     kind: Annotated[str | None, typer.Argument(hidden=True)] = None,
     *,
@@ -158,7 +173,9 @@ def list_(
     KIND is strategies, clients, models, tuning, local, datasets, partitions, engines, edits or experiments.
     """
     with Session(debug=debug) as session:
-        with session.loading():
+        if of is not None and kind != "partitions":
+            raise UserError(f"--of draws a split: fedsim list partitions --of {of}")
+        with session.loading(f"list {of or kind or 'kinds'}", aside=True):
             from fedsim import config, listing
             from fedsim.runs import default_folder
         if of is None:
@@ -167,15 +184,13 @@ def list_(
             else:
                 listing.show(session.console, kind, verbose=verbose)
             return
-        if kind != "partitions":
-            raise UserError(f"--of draws a split: fedsim list partitions --of {of}")
         lines, picture = listing.draw(config.load(of, overrides or []), folder or default_folder())
         for line in lines:
             session.console.print(line, markup=False, highlight=False, soft_wrap=True)
         session.console.print(f"[dim]picture[/]  {picture}", highlight=False, soft_wrap=True)
 
 
-@app.command(cls=PlainHelp)
+@app.command(cls=Command)
 def memory(
     file: File = None,
     *,
@@ -191,14 +206,15 @@ def memory(
     on tensors without values: most bytes saved for backward passes, of activations, and in all.
     """
     with Session(debug=debug) as session:
-        with session.loading():
+        with session.loading(f"memory of {Path(file or 'quickstart').stem}", aside=True):
             from fedsim import config, memory_cli
             from fedsim.runs import default_folder
 
             experiment = config.load(file, overrides or [])
             counts = _numbers(blocks, "--blocks")
-            rows = memory_cli.measure(experiment, methods.split(","), counts)
             picture = (folder or default_folder()) / f"{experiment.name}-memory.png"
+            place_for(picture, "--folder")
+            rows = memory_cli.measure(experiment, methods.split(","), counts)
             memory_cli.draw(rows, f"{experiment.name}: {experiment['model'].name}", picture)
         session.console.print(memory_cli.table_of(rows), highlight=False)
         for note in memory_cli.notes_of(rows):
@@ -206,7 +222,7 @@ def memory(
         session.console.print(f"[dim]picture[/]  {picture}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     folder: RunFolder,
     *,
@@ -217,18 +233,18 @@ def export(
 ) -> None:
     """Write a run's model (safetensors, open_clip, HF, peft)."""
     with Session(debug=debug) as session:
-        with session.loading():
+        with session.loading(f"export of {folder.name}", aside=True):
             from fedsim import export as exporting
 
             found = _open(folder)
-            report = exporting.export(found, out or found.folder / "export")
+            report = exporting.export(found, place_for(out or found.folder / "export", "--out"))
         for text in report["notices"]:
             session.note(text)
         session.facts({"exported": report["state"], "folder": report["folder"]})
         session.facts({"files": "  ".join(report["files"])})
 
 
-@app.command(cls=PlainHelp)
+@app.command(cls=Command)
 def bench(
     workloads: Annotated[list[str] | None, typer.Argument(metavar="[WORKLOAD...]", hidden=True)] = None,
     *,
@@ -241,11 +257,12 @@ def bench(
     WORKLOAD is lenet, cnn, noop-1000, ... (default: all; about half an hour on two cores). pfl-research takes
     part where FEDSIM_PFL_PYTHON names the python of an environment that has it.
     """
-    with Session(debug=debug):
+    with Session(debug=debug) as session:
         import subprocess
 
-        from fedsim import config
-        from fedsim.runs import default_folder
+        with session.loading("bench", aside=True):
+            from fedsim import config
+            from fedsim.runs import default_folder
 
         script = config.shipped_folder() / "bench" / "run.py"
         out = (folder or default_folder()) / "bench"
@@ -338,7 +355,7 @@ def _close(
         print(json.dumps(summary))
 
 
-def _run_app(folder: Path, clients: int | None, overrides: list[str]) -> int:
+def _run_app(session: Session, folder: Path, clients: int | None, overrides: list[str]) -> int:
     """Somebody's Flower app on our engine; its exit status."""
     from fedsim import foreign
 
@@ -346,7 +363,10 @@ def _run_app(folder: Path, clients: int | None, overrides: list[str]) -> int:
         raise UserError(f"{folder} holds no Flower app (no pyproject.toml with [tool.flwr.app])")
     if clients is None:
         raise UserError(f"how many nodes? fedsim run {folder} --clients 10")
-    return foreign.launch(foreign.described(folder, clients, overrides))
+    described = foreign.described(folder, clients, overrides)
+    with session.loading(folder.resolve().name, aside=True):
+        pass  # the app has the terminal to itself
+    return foreign.launch(described)
 
 
 def _next_command(finished: Run, experiment: Experiment, file: str | None) -> str:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim import registry, settings
 from fedsim.errors import UserError, nearest
-from fedsim.overrides import applied, key_of
+from fedsim.files import text_of
+from fedsim.overrides import applied, dotted, key_of, once
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -111,6 +112,14 @@ class Experiment:
         """What the section names: a function, or a class."""
         return registry.resolve(NAMED[section], self.sections[section].name).target
 
+    def unsaid(self) -> list[str]:
+        """A line for the data and the model, where the file and its overrides name none."""
+        return [
+            f"no [{section}] is named: taking {section}.name={self[section].name}"
+            for section in ("data", "model")
+            if "name" not in self.given.get(section, {})
+        ]
+
     def document(self) -> dict[str, Any]:
         """Everything as plain tables (what `experiment.toml` of a run folder holds)."""
         return _without_none(
@@ -168,18 +177,36 @@ def load(
     Raises:
         UserError: names the file, the key and the nearest right one.
     """
+    overrides = once(overrides)
     path = find(where or "quickstart", folders)
     given = read(path)
-    places = (str(path.resolve().parent), str(Path.cwd()))
+    places = (str(path.resolve().parent), *_origin(path), str(Path.cwd()))
     return from_tables(given, source=str(path), folders=places, overrides=overrides)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; raises UserError where it is none."""
+def _origin(path: Path) -> list[str]:
+    """Of the experiment in a run folder: where it was started, and so finds its modules and data."""
+    record = path.with_name("origin.json")
+    if path.name != "experiment.toml" or not record.is_file():
+        return []
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return [str(folder) for folder in json.loads(text_of(record)).get("folders", [])]
+    except ValueError as error:
+        raise UserError(f"{record}: damaged ({error})") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; raises UserError where it is none, or holds nothing."""
+    try:
+        tables = tomllib.loads(text_of(path))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
+    if not tables:
+        raise UserError(
+            f"{path} is empty: an experiment names its [data], [model] and [strategy], such as "
+            "fedsim run quickstart"
+        )
+    return tables
 
 
 def find(where: str | os.PathLike[str], folders: Iterable[Path] = ()) -> Path:
@@ -232,6 +259,7 @@ def from_tables(
     extend_path(folders)
     overrides = list(overrides)
     tables = applied(given, overrides)
+    _check_numbers(tables, _Source(source, overrides))
     explicit = deepcopy(tables)
     source = _Source(source, overrides)
     sweep = _check_sweep(tables.pop("sweep", {}), source)
@@ -261,6 +289,14 @@ def from_tables(
         folders=folders,
         given=explicit,
     )
+
+
+def _check_numbers(tables: Mapping[str, Any], source: _Source) -> None:
+    """Whole numbers beyond 64 bits, the most that TOML promises: messages cannot carry them."""
+    for key, value in dotted(tables).items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int) and not -(2**63) <= one < 2**63:
+                raise UserError(f"{source.of(key)}: {key} = {one}: whole numbers have 64 bits at most")
 
 
 def _fill_strategy_defaults(tables: dict[str, Any], source: _Source) -> None:

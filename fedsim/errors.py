@@ -26,12 +26,18 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(known[:most]) + (f", and {len(known) - most} more" if len(known) > most else "")
 
 
+def close_to(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is closest to another (of any case), if one is close at all."""
+    plain = {name.lower(): name for name in sorted(known)}
+    found = get_close_matches(word.lower(), plain, n=1, cutoff=0.5)
+    return plain[found[0]] if found else None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"did you mean 'x'?"` for the closest known word (of any case), else the list of known words."""
     names = sorted(known)
-    plain = {name.lower(): name for name in names}
-    close = get_close_matches(word.lower(), plain, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean '{plain[close[0]]}'?"
+    close = close_to(word, names)
+    if close is not None:
+        return f"did you mean '{close}'?"
     shown = ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
     return f"known: {shown}" if names else "nothing is known here"

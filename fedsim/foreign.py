@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import UserError, nearest
-from fedsim.overrides import dotted, key_of, toml_value
+from fedsim.files import text_of
+from fedsim.overrides import dotted, key_of, once, toml_value
 
 
 def is_app(folder: Path) -> bool:
@@ -49,7 +50,7 @@ def described(folder: Path, clients: int, overrides: Iterable[str]) -> dict[str,
     config = dotted(app.get("config", {}))
     engine: dict[str, Any] = {"name": "serial"}
     seed = 0
-    for override in overrides:
+    for override in once(overrides):
         key, value = key_of(override), toml_value(override.partition("=")[2].strip())
         if key.startswith("engine."):
             engine[key.removeprefix("engine.")] = value
@@ -125,11 +126,11 @@ def _object(reference: str) -> Any:
 def _document(folder: Path) -> dict[str, Any]:
     file = folder / "pyproject.toml"
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        return tomllib.loads(text_of(file))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file}: not readable ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from error
 
 
 if __name__ == "__main__":

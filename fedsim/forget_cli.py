@@ -57,16 +57,26 @@ def forget(
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         session.on_interrupt = "interrupted; the same command goes on"
-        if [classes, clients, attributes].count(None) != 2:
+        asked = {"--class": classes, "--client": clients, "--attribute": attributes}
+        given = [f"{option} {value}" for option, value in asked.items() if value is not None]
+        if not given:
             raise UserError("say what to forget: --class 9, --client 3, or --attribute gender")
+        if len(given) > 1:
+            raise UserError(
+                f"{' and '.join(given)}: one request forgets one kind; choose one, and forget the other "
+                "from the run that it leaves"
+            )
+        from fedsim.overrides import once
+
+        overrides = once(overrides or [])
         if attributes is not None:
             if method:
                 raise UserError("--method is for classes and clients; attributes are erased by LEACE")
             if relearn is not None:
                 raise UserError("--relearn is for classes and clients: leave it out for attributes")
-            _erase(session, folder, attributes, overrides or [], name, as_json=as_json)
+            _erase(session, folder, attributes, overrides, name, as_json=as_json)
             return
-        with session.loading():
+        with session.loading(f"forgetting in {folder.name}"):
             from fedsim import config
             from fedsim.forgetting import experiments, report, request, sitting
             from fedsim.runs import Run, found
@@ -78,15 +88,13 @@ def forget(
             methods = experiments.methods_of(origin, wanted, method or experiments.DEFAULT[kind])
             chosen = name or f"{origin.run.folder.name}-forget-{wanted.label}"
             config.check_name(chosen, "--name")
-            plan = sitting.plan_of(origin, wanted, overrides or [], origin.run.folder.parent / chosen)
+            plan = sitting.plan_of(origin, wanted, overrides, origin.run.folder.parent / chosen)
         if method == "all" and kind == "client" and "federaser" not in methods:
             session.note(
                 "federaser is left out: it replays updates, which the run records with --set "
                 "checkpoints.record_updates=true (and none may be of classes that are forgotten since)"
             )
-        wish = sitting.Wish(
-            methods, overrides or [], retrain=retrain, relearn=3 if relearn is None else relearn
-        )
+        wish = sitting.Wish(methods, overrides, retrain=retrain, relearn=3 if relearn is None else relearn)
         result = sitting.sit(plan, wish, session.watching)
         files = report.write(result, plan.folder)
         session.console.print()
@@ -104,15 +112,16 @@ def _erase(
     session: Session, folder: Path, names: str, overrides: list[str], name: str | None, *, as_json: bool
 ) -> None:
     """Erase attributes in a new run beside the old one, or go on with it."""
-    with session.loading():
+    with session.loading(f"erasing in {folder.name}"):
         from fedsim.finish import run_experiment
         from fedsim.forgetting import attribute
+        from fedsim.overrides import once
         from fedsim.runs import Run, found
 
         old = Run.open(found(folder))
         chosen = [word.strip() for word in names.split(",") if word.strip()]
         named = [f"name={json.dumps(name)}"] if name else []
-        experiment = attribute.experiment_of(old, chosen, [*overrides, *named])
+        experiment = attribute.experiment_of(old, chosen, once([*overrides, *named]))
         place = old.folder.parent / experiment.name
         if place.exists() and Run.open(place).experiment().digest() != experiment.digest():
             raise UserError(f"{place} is another run; give this one its own --name")

@@ -13,6 +13,7 @@ from rich.padding import Padding
 
 from fedsim import config, registry, settings
 from fedsim.errors import UserError, nearest
+from fedsim.files import place_for
 from fedsim.registry import Parameter
 from fedsim.terminal import grid
 
@@ -173,10 +174,9 @@ def draw(experiment: Experiment, folder: Path) -> tuple[Iterator[str], Path]:
     from fedsim import building
     from fedsim.data.federated import draw_split, split_lines
 
+    picture = place_for(folder / f"{experiment.name}-split.png", "--folder")
     data = building.load_data(experiment)
     counts, classes = data.class_counts(), data.arrays.classes
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / f"{experiment.name}-split.png"
     draw_split(counts, classes, picture)
     card = [f"data: {line}" for line in data.arrays.card()] if data.arrays.notes else []
     return iter([*card, *split_lines(counts, classes)]), picture

@@ -26,6 +26,22 @@ def applied(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, An
     return changed
 
 
+def once(overrides: Iterable[str], option: str = "--set") -> list[str]:
+    """The overrides of a user, none of which may undo another.
+
+    Raises:
+        UserError: two of them set one key, or one sets the whole table of another's key; names both.
+    """
+    kept: dict[str, str] = {}
+    for text in overrides:
+        key = key_of(text)
+        for other, before in kept.items():
+            if before != text and (f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")):
+                raise UserError(f"{option} {before} and {option} {text} set one key twice; keep one of them")
+        kept[key] = text
+    return list(kept.values())
+
+
 def dotted(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"client": {"lr": 0.1}}` -> `{"client.lr": 0.1}`, however deep."""
     flat: dict[str, Any] = {}

@@ -26,7 +26,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from fedsim.errors import UserError, nearest
+from fedsim.errors import UserError, close_to, nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -43,6 +43,13 @@ TABLES = {
     "engines": "fedsim.engine:ENGINES",
     "edits": "strategies:EDITS",
     "local": "fedsim.local_learning:METHODS",
+}
+
+#: prefix -> "module:function" that lists what may stand behind it
+MEMBERS = {
+    "torchvision:": "fedsim.data.torchvision_sets:names",
+    "timm:": "fedsim.models.timm_models:names",
+    "open_clip:": "fedsim.models.open_clip_models:names",
 }
 
 #: first words of a docstring's section, as Google's style writes them and as NumPy's (Flower's strategies)
@@ -106,11 +113,33 @@ def resolve(kind: str, name: str) -> Resolved:
                 raise UserError(f"'{name}' is a {type(found).__name__}, not a class or function")
             return Resolved(name, found, {})
         except (ImportError, AttributeError) as error:
+            close = close_to(f"{prefix}:", [known for known in names if known.endswith(":")])
+            meant = "" if close is None else f" did you mean '{close}{rest}'? Else"
             raise UserError(
-                f"cannot import '{name}' ({error}); the form is 'package.module:Name' and the module "
+                f"cannot import '{name}' ({error});{meant} the form is 'package.module:Name' and the module "
                 "must be next to the experiment file, in the current folder or installed"
             ) from error
-    raise UserError(f"unknown name '{name}' in {kind}: {nearest(name, names)} (fedsim list {kind})")
+    raise UserError(f"unknown name '{name}' in {kind}: {_meant(name, names)} (fedsim list {kind})")
+
+
+def _meant(name: str, names: Mapping[str, str]) -> str:
+    """The nearest name, also of those behind a prefix; the same letters and digits come first."""
+    behind = [
+        f"{prefix}{one}" for prefix, known in MEMBERS.items() if prefix in names for one in load(known)()
+    ]
+    for one in (*names, *behind):
+        if _letters(one.partition(":")[2] or one) == _letters(name):
+            return f"did you mean '{one}'?"
+    if close_to(name, names) is None:
+        members = {one.partition(":")[2]: one for one in reversed(behind)}
+        close = close_to(name, members)
+        if close is not None:
+            return f"did you mean '{members[close]}'?"
+    return nearest(name, names)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def _user_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:

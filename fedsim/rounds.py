@@ -12,6 +12,7 @@ may have
     alone                      true in a round that asks no client: the server changes the state by itself
     refused                    client -> reason, after aggregate_train
     findings                   name -> number, what it found out: goes into the summary
+    counts_rounds              true where a round depends on how many there are in all: none can be added
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsim import messages, payload
 from fedsim.averaging import weighting_of
 from fedsim.checkpoints import Unstorable
+from fedsim.config import Experiment
 from fedsim.data import pixels
 from fedsim.data.attributes import to_json
 from fedsim.engine.grid import BaseGrid
@@ -42,6 +44,10 @@ from fedsim.strategy_state import require_clients, restore, state_of
 from fedsim.task import Task
 from fedsim.version import code_digest
 from fedsim.wire import WireGrid
+
+_DIVERGED = 10.0  #: a loss so many times the one before training (and above 10) is no progress
+#: keys that say how large steps are, by section: ours and Flower's
+_RATES = {"client": ("lr",), "strategy": ("server_learning_rate", "eta", "eta_l")}
 
 
 @dataclass
@@ -97,6 +103,7 @@ class Loop:
                 'auxiliary = "personal", or [strategy] name = "fedavg"'
             )
         self.resumable = True
+        self.diverged = False
         self.recording = task.experiment.settings["checkpoints"]["record_updates"]
         evaluation = self.experiment.settings["evaluation"]
         where = evaluation["where"]
@@ -140,6 +147,7 @@ class Loop:
             if last or number % self.experiment.settings["evaluation"]["every"] == 0:
                 self._evaluate(progress, number, record)
             last = last or self._stopped(progress)
+            self._watch_loss(progress, record)
             due = last or number % self.experiment.settings["checkpoints"]["every"] == 0
             self._close(progress, record, started, due=due)
         return progress
@@ -190,6 +198,23 @@ class Loop:
             else:
                 progress.stale += 1
         return record
+
+    def _watch_loss(self, progress: Progress, record: Round) -> None:
+        """Say once that training diverges, and what to turn down."""
+        loss = record.loss if record.loss is not None else record.train_loss
+        start = progress.start.get("loss")
+        if loss is None or start is None or self.diverged or not loss > _DIVERGED * max(1.0, start):
+            return
+        self.diverged = True
+        rates = [
+            f"{section}.{key} = {self.experiment[section].options[key]}"
+            for section, keys in _RATES.items()
+            for key in keys
+            if key in self.experiment[section].options
+        ]
+        fix = f"lower {' or '.join(rates)}" if rates else "train in smaller steps"
+        text = f"round {record.number}: the loss is {loss:,.6g} ({start:.3g} before training)"
+        self._tell("notice", f"{text}: training diverges; {fix}")
 
     def server_metrics(self, progress: Progress) -> dict[str, float]:
         """The shared state on the test set, on every client's local part of it, on the validation split."""
@@ -304,7 +329,9 @@ class Loop:
 
     def _resume(self, tree: dict[str, Any]) -> Progress:
         found = tree.get("identity", {})
-        changed = [what for what, digest in self._identity().items() if found.get(what) != digest]
+        # rounds may have been added since (`fedsim.extending`)
+        planned = replace(self.experiment, rounds=tree.get("rounds", self.experiment.rounds))
+        changed = [what for what, digest in self._identity(planned).items() if found.get(what) != digest]
         if changed:
             raise UserError(
                 f"{self.run.folder}: the checkpoint belongs to another experiment: {', '.join(changed)} "
@@ -318,10 +345,10 @@ class Loop:
         np.random.set_state(numpy_state)
         return Progress(**tree["progress"])
 
-    def _identity(self) -> dict[str, str]:
+    def _identity(self, experiment: Experiment) -> dict[str, str]:
         """What a checkpoint must agree with."""
         return {
-            "the experiment": self.experiment.digest(),
+            "the experiment": experiment.digest(),
             "the data": self.task.data.arrays.digest,
             "the frozen part of the model": self.task.frozen_digest,
         }
@@ -337,7 +364,8 @@ class Loop:
 
     def _checkpoint(self, progress: Progress) -> None:
         tree = {
-            "identity": self._identity(),
+            "identity": self._identity(self.experiment),
+            "rounds": self.experiment.rounds,
             "strategy": state_of(self.strategy),
             "clients": getattr(self.grid, "states", {}),
             "random": (random.getstate(), np.random.get_state()),

@@ -82,9 +82,21 @@ class Session:
         for label, value in pairs.items():
             self.console.print(f"[dim]{label:<10}[/]  {escape(value)}", highlight=False, soft_wrap=True)
 
-    def loading(self) -> AbstractContextManager[Any]:
-        """A sign of life while torch and Flower are imported (terminals only)."""
-        return self.console.status("[dim]loading[/]") if self.console.is_terminal else nullcontext()
+    def loading(self, what: str, *, aside: bool = False) -> AbstractContextManager[Any]:
+        """The first sign of life: importing torch and Flower takes many seconds on a slow machine.
+
+        Args:
+            what: is done, or with what.
+            aside: on stderr, for commands whose output is a table or another program's.
+        """
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(stderr=True) if aside else self.console
+        if console.is_terminal:
+            return console.status(f"{escape(what)}  [dim]loading torch and Flower[/]")
+        console.print(f"{what}: loading torch and Flower", markup=False, highlight=False, soft_wrap=True)
+        return nullcontext()
 
     @contextmanager
     def watching(self, experiment: Experiment) -> Iterator[Sequence[Hook]]:

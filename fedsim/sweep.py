@@ -32,7 +32,7 @@ from fedsim.compare import differing
 from fedsim.config import Experiment
 from fedsim.data import needs
 from fedsim.errors import UserError, nearest
-from fedsim.files import write_atomic
+from fedsim.files import place_for, write_atomic
 from fedsim.finish import run_experiment
 from fedsim.hooks import Hook
 from fedsim.overrides import toml_value
@@ -69,13 +69,16 @@ def parse_grid(texts: Iterable[str], option: str = "--grid") -> dict[str, list[A
     """`["seed=0,1", "tuning.name=bias,head"]` -> lists of TOML values (bare words are strings).
 
     Raises:
-        UserError: not of the form KEY=V1,V2.
+        UserError: not of the form KEY=V1,V2, or a key is given twice.
     """
     grid: dict[str, list[Any]] = {}
     for text in texts:
         key, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not key or not values.strip(","):
             raise UserError(f"{option} {text}: expected KEY=VALUE,VALUE, for example {option} seed=0,1,2")
+        if key in grid:
+            both = f"{option} {key}={','.join(map(plain, grid[key]))} and {option} {text}"
+            raise UserError(f"{both} give {key} twice; write all its values in one")
         grid[key] = _values(values)
     return grid
 
@@ -127,7 +130,12 @@ def _values(text: str) -> list[Any]:
         found = tomllib.loads(f"x = [{text}]")["x"]
     except tomllib.TOMLDecodeError:
         found = [toml_value(part.strip()) for part in text.split(",") if part.strip()]
-    return list({_toml(value): value for value in found}.values())
+    return _distinct(found)
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Each value once: a cell that ran twice would count twice in means and spreads."""
+    return list({_toml(value): value for value in values}.values())
 
 
 def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
@@ -148,7 +156,7 @@ def cells_of(base: Experiment, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
         )
     cells = []
     axes = [
-        [value if isinstance(value, Mapping) else {key: value} for value in values]
+        [value if isinstance(value, Mapping) else {key: value} for value in _distinct(values)]
         for key, values in grid.items()
     ]
     owners: dict[str, str] = {}
@@ -220,7 +228,7 @@ class Sweep:
         chosen = name or f"{base.name}-sweep"
         config.check_name(chosen, "--name")
         merged = {**base.sweep, **grid}
-        return cls((parent or default_folder()) / chosen, base, merged)
+        return cls(place_for((parent or default_folder()) / chosen, "--folder"), base, merged)
 
     def run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +19,8 @@ def sweep(
     file: Annotated[str, typer.Argument(hidden=True)],
     *,
     grid: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Values of a key (repeat); adds to [sweep].")
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="Values of a key (repeat for others); wins over [sweep]."),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -39,7 +41,7 @@ def sweep(
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
         session.on_interrupt = "interrupted; the same command goes on"
-        with session.loading():
+        with session.loading(f"sweep of {Path(file).stem}"):
             from fedsim import config
             from fedsim.sweep import Sweep, check_overrides, chosen, parse_grid
 

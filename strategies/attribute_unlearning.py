@@ -98,6 +98,9 @@ class AttributeUnlearning(WeightedAverage):
 
     # ----------------------------------------------------------------------------------- phases
 
+    #: LEACE and the audit are the last rounds
+    counts_rounds: ClassVar[bool] = True
+
     def begin(self, task: Task) -> ArrayRecord | None:
         """See what is to be unlearned, and how many rounds there are; the origin's state, if there is one.
 

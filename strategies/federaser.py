@@ -40,6 +40,8 @@ class FedEraser(WeightedAverage):
         every: replay every so many recorded rounds.
     """
 
+    #: each replays a recorded one
+    counts_rounds: ClassVar[bool] = True
     transient: ClassVar[tuple[str, ...]] = (*WeightedAverage.transient, "_files", "_recorded", "_trained")
 
     def __init__(self, updates: str, targets: list[int], every: Count = 1) -> None:

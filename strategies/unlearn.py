@@ -48,6 +48,8 @@ class Unlearn(Strategy):
         first_round: rounds that the start state has behind it, for the learning rate's schedule.
     """
 
+    #: recovery ends when it is done, and `fedsim forget` compares methods by their rounds
+    counts_rounds: ClassVar[bool] = True
     #: of one round only, or made anew by `begin`
     transient: ClassVar[tuple[str, ...]] = (
         "_edit",

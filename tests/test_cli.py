@@ -125,14 +125,43 @@ def test_a_mistake_is_one_line_with_the_fix(mistake: str, fedsim: Invoke, file: 
         (["sweep", "tiny.toml", "--grid", "seed"], ["--grid seed", "KEY=VALUE,VALUE"]),
         (["sweep", "tiny.toml", "--grid", "client.lrr=1,2"], ["cell client.lrr=1", "did you mean 'lr'?"]),
         (["sweep", "tiny.toml", "--grid", "seed=0", "--name", "a/b"], ["--name 'a/b'"]),
+        (["sweep", "tiny.toml", "--grid", "seed=0", "--grid", "seed=1"], ["--grid seed=0 and --grid seed=1"]),
+        (["run", "tiny.toml", "--set", "name=a", "--name", "b"], ["--set name=a and", 'name="b"']),
+        (["forget", "x", "--class", "3", "--client", "4"], ["--class 3 and --client 4", "choose one"]),
+        (["forget", "x", "--client", "4", "--attribute", "age"], ["--client 4 and --attribute age"]),
+        (["forget", "x"], ["say what to forget: --class 9"]),
+        (["forget", "x", "--class", "1", "--set", "edit.a=1", "--set", "edit.a=2"], ["edit.a=2 set one key"]),
+        (["compare", "a", "b", "--plot", "tiny.toml/x.png"], ["--plot tiny.toml/x.png: cannot make"]),
+        (["compare", "a", "b", "--plot", "x.jpeg"], ["--plot x.jpeg: the name must end in .png"]),
+        (["memory", "tiny.toml", "--folder", "tiny.toml"], ["--folder tiny.toml/", "cannot make its folder"]),
+        (["list", "partitions", "--of", "tiny.toml", "--folder", "tiny.toml"], ["cannot make its folder"]),
+        (["sweep", "tiny.toml", "--grid", "seed=0", "--folder", "tiny.toml"], ["cannot make its folder"]),
     ],
 )
 def test_mistakes_of_other_commands(command: list[str], parts: list[str], fedsim: Invoke, file: Path) -> None:
     result = fedsim(*command)
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.splitlines()[-1].startswith("error: ")
     for part in parts:
         assert part in result.stderr
+
+
+def test_data_and_model_that_nobody_named_are_said(fedsim: Invoke) -> None:
+    Path("few.toml").write_text("rounds = 1\n[partition]\nclients = 2\nshots = 2\n")
+    lines = fedsim("run", "few.toml").stdout.splitlines()
+    assert "note  no [data] is named: taking data.name=digits" in lines
+    assert "note  no [model] is named: taking model.name=tiny-clip" in lines
+    said = fedsim("run", "few.toml", "--set", "data.name=digits", "--set", "model.name=mlp").stdout
+    assert "is named" not in said
+
+
+def test_a_picture_of_runs_makes_its_folder(fedsim: Invoke, file: Path) -> None:
+    for name in ("a", "b"):
+        fedsim("run", file, "--set", "rounds=1", "--name", name)
+    for picture in ("new/folder/x.png", "new/x.SVG"):
+        result = fedsim("compare", "a", "b", "--plot", picture)
+        assert result.exit_code == 0, result.output
+        assert Path(picture).stat().st_size > 1000
 
 
 def test_a_damaged_run_beside_a_new_one_does_not_spoil_its_end(fedsim: Invoke, file: Path) -> None:
@@ -245,9 +274,10 @@ def test_libraries_are_quiet(file: Path, tmp_path: Path) -> None:
     )
     assert len(done.stdout.splitlines()) == 1
     lines = done.stderr.strip().splitlines()
-    assert lines[0].startswith("tiny: krum")
-    assert [line[:9] for line in lines[1:4]] == ["round 0/2", "round 1/2", "round 2/2"]
-    assert lines[4:6] == ["", "tiny  krum · 4 clients · 2 rounds"]
+    assert lines[0] == "tiny: loading torch and Flower"
+    assert lines[1].startswith("tiny: krum")
+    assert [line[:9] for line in lines[2:5]] == ["round 0/2", "round 1/2", "round 2/2"]
+    assert lines[5:7] == ["", "tiny  krum · 4 clients · 2 rounds"]
 
 
 def test_help_imports_nothing_heavy() -> None:

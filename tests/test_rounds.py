@@ -380,3 +380,29 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = resume(tmp_path / "cut" / "tiny")
     assert again.summary["digest"] == whole.summary["digest"]
     assert list(again.history.index) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fix"),
+    [
+        (["client.lr=1e4"], "lower client.lr = 10000.0"),
+        (
+            ["strategy.name=fedavgm", "strategy.server_learning_rate=1e4"],
+            "lower client.lr = 0.1 or strategy.server_learning_rate = 10000.0",
+        ),
+    ],
+)
+def test_a_run_that_diverges_says_so_once_with_the_fix(
+    overrides: list[str], fix: str, tmp_path: Path
+) -> None:
+    notices = Notices()
+    result = run(tiny(*overrides, "rounds=4"), tmp_path, notices)
+    assert result.summary["loss"] > 100
+    (text,) = [text for text in notices.texts if "diverges" in text]
+    assert text.endswith(f"before training): training diverges; {fix}")
+
+
+def test_a_run_that_learns_is_not_said_to_diverge(tmp_path: Path) -> None:
+    notices = Notices()
+    run(tiny("evaluation.every=2"), tmp_path, notices)
+    assert notices.texts == []

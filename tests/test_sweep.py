@@ -39,6 +39,21 @@ def test_grid_values_are_toml_and_bare_words_strings() -> None:
     }
 
 
+@pytest.mark.parametrize("option", ["--grid", "--only"])
+def test_a_key_that_is_given_twice_is_refused(option: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_grid(["client.lr=1,2", "seed=0", "client.lr=3"], option)
+    expected = (
+        f"{option} client.lr=1,2 and {option} client.lr=3 give client.lr twice; write all its values in one"
+    )
+    assert str(caught.value) == expected
+
+
+def test_a_cell_counts_once() -> None:
+    cells = cells_of(tiny(), {"seed": [0, 1, 0], "cells": [{"client.lr": 0.1}, {"client.lr": 0.1}]})
+    assert [dict(cell.keys) for cell in cells] == [{"seed": n, "client.lr": 0.1} for n in (0, 1)]
+
+
 def test_cells_are_the_product_and_a_name_goes_first() -> None:
     cells = cells_of(tiny(), {"partition.alpha": [0.1, 1.0], "partition.name": ["dirichlet"]})
     assert [cell.experiment["partition"].options["alpha"] for cell in cells] == [0.1, 1.0]

@@ -35,6 +35,10 @@ class SourceError(Exception):
     """This source cannot give the asset; the text says why."""
 
 
+class WrongContent(SourceError):
+    """The source gave something else than the pinned content."""
+
+
 @dataclass(frozen=True)
 class Archive:
     """A pinned file of a package registry.

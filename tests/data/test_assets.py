@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from fedsim import doctor
 from fedsim.cli import app
 from fedsim.data import asset_sources, assets
+from fedsim.data.asset_sources import Archive, SourceError
 from fedsim.errors import UserError
 from tests.data.shelf import NUMBERS, Shelf
 
@@ -80,6 +81,21 @@ def test_right_archive_but_other_content_is_refused(shelf: Shelf, monkeypatch: p
     with pytest.raises(UserError, match="decoded content has the digest"):
         assets.fetch(["numbers"])
     assert shelf.seen() == {"archives"}
+
+
+def test_out_of_reach_and_wrong_are_told_apart(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who can do without (a test, say) may leave it at the first, never at the second."""
+    shelf.offer(NUMBERS + 1)
+    with pytest.raises(UserError) as wrong:
+        assets.fetch(["numbers"])
+    assert not isinstance(wrong.value, assets.Unreachable)
+
+    def offline(archive: Archive, scratch: Path) -> Path:
+        raise SourceError("failed: no route to the registry")
+
+    monkeypatch.setattr(asset_sources, "download", offline)
+    with pytest.raises(assets.Unreachable, match="no route to the registry"):
+        assets.fetch(["numbers"])
 
 
 def test_a_damaged_archive_is_replaced_and_a_bad_download_never_replaces_a_good_one(shelf: Shelf) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,30 +210,21 @@ def test_ridge_is_the_closed_form() -> None:
 # ------------------------------------------------------------------ with fetched weights
 
 
-@pytest.fixture(scope="module")
-def assets() -> None:
-    """Weights of clip-lite and vit-small, or a skip where no source can be reached."""
-    from fedsim.data.assets import fetch
-
-    try:
-        fetch(["efficientnet-lite0", "minilm", "vit-small"])
-    except UserError as error:
-        pytest.skip(f"no assets: {error}")
+Asset = Callable[..., list[Path]]
 
 
-@pytest.fixture(scope="module")
-def lite(assets: None) -> Classifier:
+@pytest.fixture
+def lite(asset: Asset) -> Classifier:
+    asset("efficientnet-lite0", "minilm")
     return clip_lite(CIFAR, image_size=64)
 
 
-@pytest.mark.usefixtures("assets")
-def test_efficientnet_has_the_trained_weights() -> None:
+def test_efficientnet_has_the_trained_weights(asset: Asset) -> None:
     from safetensors.torch import load_file
 
-    from fedsim.data.assets import path
-
+    (folder,) = asset("efficientnet-lite0")
     model = efficientnet_lite0(CIFAR, image_size=64)
-    weights = load_file(path("efficientnet-lite0") / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     assert torch.equal(model.get_parameter("backbone.trunk.conv_stem.weight"), weights["conv_stem.weight"])
     assert size(model.backbone) == 3_371_008
     assert (model.backbone.mean == 0.5).all()
@@ -272,16 +264,15 @@ def test_clip_lite_is_deterministic_and_leaves_the_generator_alone(lite: Classif
     assert not torch.equal(several.head.weight, lite.head.weight)
 
 
-@pytest.mark.usefixtures("assets")
-def test_minilm_places_like_near_like() -> None:
+def test_minilm_places_like_near_like(asset: Asset) -> None:
     from transformers import AutoTokenizer
 
-    from fedsim.data.assets import path
     from fedsim.models.hf import minilm
 
+    (folder,) = asset("minilm")
     model = minilm(TOKENS)
     assert size(model.backbone) == 22_565_376
-    tokenizer = AutoTokenizer.from_pretrained(str(path("minilm")))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
     texts = ["a dog", "a puppy", "the stock market fell"]
     ids = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -290,13 +281,11 @@ def test_minilm_places_like_near_like() -> None:
     assert f[0] @ f[2] < 0.3
 
 
-@pytest.mark.usefixtures("assets")
-def test_vit_small_has_the_trained_weights() -> None:
+def test_vit_small_has_the_trained_weights(asset: Asset) -> None:
     from safetensors.torch import load_file
 
-    from fedsim.data.assets import path
-
-    weights = load_file(path("vit-small") / "model.safetensors")
+    (folder,) = asset("vit-small")
+    weights = load_file(folder / "model.safetensors")
     model = vit_small(CIFAR, image_size=56)
     assert torch.equal(
         model.get_parameter("backbone.trunk.blocks.11.mlp.fc2.weight"), weights["blocks.11.mlp.fc2.weight"]

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from fedsim import payload
 from fedsim.building import build
-from fedsim.errors import UserError
 from fedsim.models import open_clip_models
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.clip import ImageTower, clip_classifier, load_tiny_clip, tiny_clip, tiny_config
@@ -138,14 +137,9 @@ def test_stored_positions_are_covered_when_resampled(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
-def test_ingredients_of_clip_lite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ingredients_of_clip_lite(asset: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its projection is computed, too: another last bit is no difference, another ridge penalty is."""
-    from fedsim.data.assets import fetch
-
-    try:
-        fetch(["clip-lite"])
-    except UserError as error:
-        pytest.skip(f"no assets: {error}")
+    asset("efficientnet-lite0", "minilm")
     true, scale = open_clip_models._projection, 1.0
     kept: list[torch.Tensor] = []
 
