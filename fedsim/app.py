@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -27,6 +27,7 @@ from fedsim.version import code_digest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fedsim.building import OwnData
     from fedsim.runs import Run
     from fedsim.task import Task
 
@@ -73,8 +74,7 @@ class FederatedClientApp(ClientApp):
                 text = experiment.replace(f"compute.device={device}").json()
             if budget := context.node_config.get("memory-budget"):
                 text = with_budget(config.from_json(text), float(budget)).json()
-            attributes = str(instruction.get(messages.ATTRIBUTES, "")) if path else ""
-            task, app = _client(text, path, who if path else -1, attributes)
+            task, app = _client(text, _own_data(path, who, instruction) if path else None)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
             reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)
@@ -104,12 +104,20 @@ def _forget() -> None:
     _client.cache_clear()
 
 
+def _own_data(path: str, who: int, instruction: ConfigRecord) -> OwnData:
+    """The node's own data and what the server says of its own."""
+    from fedsim.building import OwnData
+
+    classes: Any = instruction[messages.CLASSES]
+    return OwnData(path, who, str(instruction.get(messages.ATTRIBUTES, "")), classes=tuple(classes))
+
+
 @lru_cache(maxsize=2)
-def _client(text: str, path: str, who: int, attributes: str) -> tuple[Task, ClientApp]:
-    """Task and client app of an experiment (with the node's own data, if it has a path); built once."""
+def _client(text: str, own: OwnData | None) -> tuple[Task, ClientApp]:
+    """Task and client app of an experiment (with the node's own data, if it has some); built once."""
     from fedsim import building
 
-    task = building.cached(text, building.OwnData(path, who, attributes)) if path else building.cached(text)
+    task = building.cached(text) if own is None else building.cached(text, own)
     app: ClientApp = task.experiment.build("client", task)
     return task, app
 

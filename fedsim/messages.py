@@ -48,6 +48,7 @@ FROZEN = "frozen-digest"
 PARTITION = "partition-id"
 CODE = "code-digest"
 ATTRIBUTES = "attributes"
+CLASSES = "classes"  #: names in the order of the labels
 STRENGTH = "detach-strength"
 HEAD_ONLY = "head-only"
 RELEASED = "released"

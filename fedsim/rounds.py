@@ -248,11 +248,12 @@ class Loop:
         return self.who.client(message.metadata.src_node_id)
 
     def _config(self, number: int) -> ConfigRecord:
-        known = self.task.data.arrays.attributes
-        said = {messages.ATTRIBUTES: to_json(known)} if self.task.attributes else {}
+        arrays = self.task.data.arrays
+        said = {messages.ATTRIBUTES: to_json(arrays.attributes)} if self.task.attributes else {}
         return ConfigRecord(
             {
                 **said,
+                messages.CLASSES: list(arrays.classes),  # a node's own data may have them in another order
                 messages.ROUND: number,
                 messages.SEED: self.experiment.seed,
                 # before the first round, clients may fine-tune: at its rate

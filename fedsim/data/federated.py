@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.data.attributes import Attribute, conformed
+from fedsim.data.classes import as_the_server
 from fedsim.data.partition import Partition, partition
 from fedsim.data.sources import Arrays, stratified
 from fedsim.data.store import load_arrays
@@ -202,6 +203,7 @@ def load_own(
     *,
     client: int,
     clients: int,
+    classes: Sequence[str],
     new_classes: int = 0,
     roots: Sequence[Path] = (),
     attributes: tuple[Attribute, ...] = (),
@@ -213,18 +215,19 @@ def load_own(
         options: keys of `[data]` that apply to that kind (image `size`, say).
         client: which client the node is.
         clients: how many there are; the others have nothing here.
+        classes: names of the server's, whose labels the node's own become; it need not have all of them.
         new_classes: how many classes, the last, are not trained on.
         roots: folders in which a relative path is looked up.
         attributes: those of the server's data, as which the node's own are coded.
 
     Raises:
-        UserError: see `load_arrays` and `conformed`.
+        UserError: see `load_arrays`, `as_the_server` and `conformed`.
     """
     kind = "imagefolder" if any((root / path).is_dir() for root in [*roots, Path.cwd()]) else "npz"
-    arrays = load_arrays(f"{kind}:{path}", options, roots=roots)
+    arrays = as_the_server(load_arrays(f"{kind}:{path}", options, roots=roots), classes, path)
     if attributes:
         arrays = replace(arrays, attributes=attributes, **_conformed(arrays, attributes, path))
-    rows = np.flatnonzero(np.asarray(arrays.train_y) < _base_classes(arrays, new_classes))
+    rows = np.flatnonzero(np.asarray(arrays.train_y) < len(classes) - new_classes)
     offsets = np.where(np.arange(clients + 1) > client, len(rows), 0).astype(np.int64)
     return FederatedData(arrays, Partition(rows, offsets), np.empty(0, np.int64), new_classes=new_classes)
 
