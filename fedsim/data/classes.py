@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedsim.data.sources import Arrays, Integers
+from fedsim.data.sources import Arrays
 from fedsim.errors import UserError, nearest
 
 Word = str | int
@@ -108,12 +108,8 @@ def as_the_server(arrays: Arrays, names: Sequence[str], where: str) -> Arrays:
         )
     there = np.full(len(own), -1, np.int64)
     there[used] = [names.index(name) for name in wanted]
-    train_y, test_y = (_mapped(there, y) for y in (arrays.train_y, arrays.test_y))
+    train_y, test_y = (there[np.asarray(labels)] for labels in (arrays.train_y, arrays.test_y))
     return replace(arrays, classes=tuple(names), train_y=train_y, test_y=test_y)
-
-
-def _mapped(there: Integers, labels: Integers) -> Integers:
-    return there[np.asarray(labels)]
 
 
 def _listed(names: Sequence[str]) -> str:

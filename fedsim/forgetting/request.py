@@ -159,8 +159,8 @@ def _check_same(run: Run, digest: str) -> None:
     tree, _ = run.latest_checkpoint()
     if tree is not None and tree["identity"]["the data"] != digest:
         raise UserError(
-            f"{run.folder}: the data changed since this run, so what it learnt of whom cannot be told any more; "
-            "put them back, or run the experiment again"
+            f"{run.folder}: the data changed since this run, so its classes may be others by now; put the "
+            "data back, or run the experiment again"
         )
 
 

@@ -332,7 +332,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_zero_shot_head_has_two_rows_that_are_the_same(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'nice_?.?cat' occurs 2 times"):
+    with pytest.raises(UserError, match="'nice cat' occurs 2 times"):
         make(kind, tmp_path, ("nice cat", "dog", "nice_cat"))
     with pytest.raises(UserError, match="classes 'frog' and 'Frog' apart: the text tower reads the same"):
         make(kind, tmp_path, ("frog", "dog", "Frog"))
