@@ -55,7 +55,7 @@ def report(run: Run, word: str, methods: str, forget: list[str], relearn: int, s
     origin = request.opened(run)
     wanted = request.request_of(origin, "class", [word])
     names = experiments.methods_of(origin, wanted, methods)
-    folder = run.folder.parent / f"{run.folder.name}-forget-{wanted.label}{suffix}"
+    folder = run.folder.parent / f"{run.folder.name}-forget-{origin.label(wanted)}{suffix}"
     plan = sitting.plan_of(origin, wanted, forget, folder)
     return sitting.sit(plan, sitting.Wish(names, forget, relearn=relearn), lambda _: nullcontext(()))
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -45,7 +45,7 @@ class FederatedClientApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message (see `clients/training.py` for what happens inside)."""
-        from fedsim import building, payload
+        from fedsim import payload
 
         instruction = messages.config_of(message)
         if message.metadata.message_type == messages.HELLO:
@@ -74,8 +74,7 @@ class FederatedClientApp(ClientApp):
                 text = experiment.replace(f"compute.device={device}").json()
             if budget := context.node_config.get("memory-budget"):
                 text = with_budget(config.from_json(text), float(budget)).json()
-            said = [str(instruction.get(key, "")) for key in (messages.ATTRIBUTES, messages.RANGES)]
-            task, app = _client(text, building.OwnData(path, who, *said) if path else None)
+            task, app = _client(text, _own_data(path, who, instruction) if path else None)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
             reply = app(_flwr.with_content(message, payload.unpack(message.content)), context)
@@ -105,13 +104,22 @@ def _forget() -> None:
     _client.cache_clear()
 
 
+def _own_data(path: str, who: int, instruction: ConfigRecord) -> OwnData:
+    """The node's own data and what the server says of its own."""
+    from fedsim.building import OwnData
+
+    classes: Any = instruction[messages.CLASSES]
+    attributes, ranges = (str(instruction.get(key, "")) for key in (messages.ATTRIBUTES, messages.RANGES))
+    return OwnData(path, who, attributes, ranges, classes=tuple(classes))
+
+
 @lru_cache(maxsize=2)
 def _client(text: str, own: OwnData | None) -> tuple[Task, ClientApp]:
     """Task and client app of an experiment (with the node's own data, if it has some); built once."""
     from fedsim import building
 
-    task = building.cached(text, own) if own else building.cached(text)
-    if own:
+    task = building.cached(text) if own is None else building.cached(text, own)
+    if own is not None:
         for line in task.data.arrays.card():
             print(f"data of client {own.client}: {line}", flush=True)
     app: ClientApp = task.experiment.build("client", task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from fedsim import augmentation, compute, config, payload
 from fedsim.config import Experiment
 from fedsim.data import attributes as known_attributes
 from fedsim.data import backdoor, federated, forgotten, needs, pixels
+from fedsim.data.classes import positions_of
 from fedsim.data.federated import FederatedData
+from fedsim.data.store import load_arrays
 from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, DataInfo
@@ -31,6 +33,8 @@ class OwnData:
     client: int
     attributes: str = ""  #: of the server's data, as JSON
     ranges: str = ""  #: what the server takes as black and white, as JSON
+    _: KW_ONLY
+    classes: tuple[str, ...]  #: of the server's data, in the order of its labels
 
 
 def build(experiment: Experiment, own: OwnData | None = None) -> Task:
@@ -132,6 +136,12 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
     return model
 
 
+def class_names(experiment: Experiment) -> tuple[str, ...]:
+    """The classes of an experiment's data, in the order of the labels."""
+    source = experiment["data"]
+    return load_arrays(source.name, dict(source.options), roots=experiment.roots).classes
+
+
 def load_data(experiment: Experiment) -> FederatedData:
     """The experiment's federated data."""
     partition, source = experiment["partition"], experiment["data"]
@@ -156,8 +166,9 @@ def load_data(experiment: Experiment) -> FederatedData:
 def _forgetting(experiment: Experiment, own: OwnData | None) -> FederatedData:
     """The data (of a node: its own) without what [forget] names."""
     keys = experiment.settings["forget"]
-    classes, clients = keys.get("classes", []), keys.get("clients", [])
     data = load_data(experiment) if own is None else _load_own(experiment, own)
+    classes = positions_of(keys.get("classes", []), data.arrays.classes, "[forget] classes")
+    clients = keys.get("clients", [])
     if not classes and not clients:
         return data
     if own is None:
@@ -173,6 +184,7 @@ def _load_own(experiment: Experiment, own: OwnData) -> FederatedData:
         clients=experiment.clients,
         new_classes=experiment["partition"].common["new_classes"],
         roots=[Path.cwd()],
+        classes=own.classes,
         attributes=known_attributes.from_json(own.attributes) if own.attributes else (),
         ranges=pixels.from_json(own.ranges) if own.ranges else (),
     )

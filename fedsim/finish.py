@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flwr.app import RecordDict
 
     from fedsim.rounds import Loop, Progress
+    from fedsim.task import Task
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         **{key: value for key, value in progress.last.items() if key not in ("accuracy", "loss")},
         **_more_accuracies(progress),
         **getattr(loop.strategy, "findings", {}),
+        **_named_classes(loop.task),
         **_costs_of_steps(run),
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
@@ -119,6 +121,22 @@ def _costs_of_steps(run: Run) -> dict[str, float]:
         "peak_bytes": max(row["train_peak_bytes"] for row in rows),
         "step_seconds": median(row["train_step_seconds"] for row in rows),
     }
+
+
+def _named_classes(task: Task) -> dict[str, Any]:
+    """The classes that keys of the experiment stand for, by name."""
+    from fedsim.data.classes import position_of
+
+    data, names = task.data, task.data.arrays.classes
+    trigger = task.experiment.settings["backdoor"]
+    found: dict[str, Any] = {}
+    if data.forgotten is not None and data.forgotten.classes:
+        found["forgotten_classes"] = [names[i] for i in data.forgotten.classes]
+    if data.new_classes:
+        found["new_classes"] = list(names[data.base_classes :])
+    if "client" in trigger:
+        found["backdoor_class"] = names[position_of(trigger["label"], names, "[backdoor] label")]
+    return found
 
 
 def _start_note(loop: Loop) -> dict[str, str]:

@@ -18,7 +18,7 @@ def forget(
     folder: Annotated[Path, typer.Argument(metavar="RUN", hidden=True)],
     *,
     classes: Annotated[
-        str | None, typer.Option("--class", metavar="C,C", help="Classes, by number or name.")
+        str | None, typer.Option("--class", metavar="C,C", help="Classes, by name or index:N (position).")
     ] = None,
     clients: Annotated[str | None, typer.Option("--client", metavar="N,N", help="Clients.")] = None,
     attributes: Annotated[
@@ -83,10 +83,11 @@ def forget(
 
             origin = request.opened(Run.open(found(folder)))
             kind: request.Kind = "class" if classes is not None else "client"
-            words = [word.strip() for word in (classes or clients or "").split(",") if word.strip()]
-            wanted = request.request_of(origin, kind, words)
+            wanted = request.request_of(
+                origin, kind, request.words_of(origin, kind, classes or clients or "")
+            )
             methods = experiments.methods_of(origin, wanted, method or experiments.DEFAULT[kind])
-            chosen = name or f"{origin.run.folder.name}-forget-{wanted.label}"
+            chosen = name or f"{origin.run.folder.name}-forget-{origin.label(wanted)}"
             config.check_name(chosen, "--name")
             plan = sitting.plan_of(origin, wanted, overrides, origin.run.folder.parent / chosen)
         if method == "all" and kind == "client" and "federaser" not in methods:

@@ -49,6 +49,7 @@ PARTITION = "partition-id"
 CODE = "code-digest"
 ATTRIBUTES = "attributes"
 RANGES = "value-ranges"
+CLASSES = "classes"  #: names in the order of the labels
 STRENGTH = "detach-strength"
 HEAD_ONLY = "head-only"
 RELEASED = "released"

@@ -283,6 +283,7 @@ class Loop:
         return ConfigRecord(
             {
                 **said,
+                messages.CLASSES: list(arrays.classes),  # a node's own data may have them in another order
                 messages.ROUND: number,
                 messages.SEED: self.experiment.seed,
                 # before the first round, clients may fine-tune: at its rate

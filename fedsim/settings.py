@@ -51,7 +51,8 @@ def partition_keys(
     Args:
         clients: number of clients.
         shots: keep this many samples per class and client (all of a class when a client has fewer).
-        new_classes: so many classes, the last, are trained on by nobody and tested apart (base-to-new).
+        new_classes: so many classes, the last in the order of the data, are trained on by nobody and tested
+            apart (base-to-new); the summary names them.
         pooled: hand the data of all clients to one client (the centralised baseline).
         seed: of the split and of the validation split, where it is not the run's: the same data for
             differently seeded models.
@@ -226,7 +227,7 @@ def compute(
 
 def forget(
     *,
-    classes: list[int] | None = None,
+    classes: list[int | str] | None = None,
     clients: list[int] | None = None,
     relearn: bool = False,
     watch: Literal["classes", "clients"] | None = None,
@@ -234,7 +235,8 @@ def forget(
     """What nobody trains on (`fedsim forget` writes this section); it is measured all the same.
 
     Args:
-        classes: positions of classes.
+        classes: names of classes, or `index:N` for the class at position N. A bare number that is no name is
+            a position, too, where no name is a number.
         clients: clients that do not take part.
         relearn: train on them after all, to see how fast they are learnt again.
         watch: which of both `forget_accuracy` is of (default: the classes, if there are some).
@@ -242,13 +244,13 @@ def forget(
 
 
 def backdoor(
-    *, client: Natural | None = None, label: Natural = 0, share: Share = 0.8, size: Count = 2
+    *, client: Natural | None = None, label: Natural | str = 0, share: Share = 0.8, size: Count = 2
 ) -> None:
     """A trigger that one client teaches, to see whether forgetting the client unteaches it.
 
     Args:
         client: who (default: nobody).
-        label: class that triggered images are labelled as.
+        label: class that triggered images are labelled as, written as in [forget] classes.
         share: of the client's images that get the trigger.
         size: side of the bright square in their lower right corner, pixels.
     """

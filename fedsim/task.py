@@ -247,6 +247,8 @@ class Task:
         if self.data.new_classes:
             new = np.asarray(self.data.arrays.test_y) >= self.data.base_classes
             for name, rows in (("base", ~new), ("new", new)):
+                if not rows.any():  # a node's own test set may lack one kind
+                    continue
                 found[f"{name}_accuracy"] = scores.at(np.flatnonzero(rows)).means(among_own=True)["accuracy"]
         return found
 

@@ -23,6 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim import messages, payload, registry
+from fedsim.data.classes import positions_of
 from fedsim.errors import NotEnoughReplies, UserError, nearest
 from fedsim.ranges import Fraction, Natural
 from fedsim.rounds import lr_scale
@@ -38,7 +39,7 @@ class Unlearn(Strategy):
         origin: file with the state to start from; none: an untrained model.
         digest: of that state.
         kind: what is forgotten.
-        targets: positions of classes, or clients.
+        targets: classes, written as in [forget] classes, or clients.
         edit: `name` and keys of an edit.
         recover: [strategy] of the run, its `name` among the keys.
         masks: file with channels that were pruned before and stay so.
@@ -68,7 +69,7 @@ class Unlearn(Strategy):
         origin: str | None = None,
         digest: str = "",
         kind: Literal["class", "client"] = "class",
-        targets: list[int] | None = None,
+        targets: list[int | str] | None = None,
         edit: dict[str, Any] | None = None,
         recover: dict[str, Any] | None = None,
         masks: str | None = None,
@@ -78,7 +79,11 @@ class Unlearn(Strategy):
         first_round: Natural = 0,
     ) -> None:
         self.origin, self.digest = origin, digest
-        self.kind, self.targets = kind, list(targets or [])
+        strange = [target for target in targets or [] if kind == "client" and isinstance(target, str)]
+        if strange:
+            raise UserError(f"[strategy] targets: '{strange[0]}' is no client; clients are numbers from 0")
+        self.kind = kind
+        self.targets: list[Any] = list(targets or [])  #: positions of classes once `begin` knows their names
         self.edit, self.recover, self.masks = edit, recover, masks
         self.patience, self.tolerance, self.forgotten = patience, tolerance, forgotten
         self.first_round = first_round
@@ -108,6 +113,8 @@ class Unlearn(Strategy):
                 "parts of this model stay with the clients ([payload] personal); unlearning reaches only "
                 "what travels"
             )
+        if self.kind == "class":
+            self.targets = positions_of(self.targets, task.data.arrays.classes, "[strategy] targets")
         self._scene = Scene(task, self.kind, self.targets)
         if self.masks is not None and not self.pruned:
             self.pruned = {name: values > 0 for name, values in _arrays(self.masks, "masks").items()}

@@ -260,3 +260,36 @@ def test_nodes_with_dark_images_read_them_as_the_server_does(
     printed = capfd.readouterr().out
     assert printed.count("data of client 0: 30 training and 6 test samples") == 1
     assert "data of client 0: pixels: uint16 values from 0 to 19" in printed
+
+
+def test_nodes_with_classes_in_an_order_of_their_own_equal_a_natural_partition(tmp_path: Path) -> None:
+    """One node has all classes in another order, one lacks a class; one has a class that nobody knows."""
+    rng = np.random.default_rng(1)
+    names = np.array(["ash", "elm", "fir"])
+    x, y, owner = rng.random((90, 6), np.float32), np.arange(90) % 3, np.arange(90) // 30
+    owner[(owner == 1) & (y == 0)] = 0
+    np.savez(
+        tmp_path / "all.npz", x_train=x, y_train=y, groups=owner, x_test=x[:9], y_test=y[:9], classes=names
+    )
+
+    def write(client: int, own: list[str]) -> None:
+        mine = (owner == client) & np.isin(names[y], own)
+        labels = np.array([own.index(name) for name in names[y[mine]]])
+        tests = {"x_test": x[mine][:2], "y_test": labels[:2]}
+        np.savez(tmp_path / f"{client}.npz", x_train=x[mine], y_train=labels, classes=np.array(own), **tests)
+
+    for client, own in enumerate((["fir", "ash", "elm"], ["fir", "elm"], ["ash", "elm", "fir"])):
+        write(client, own)
+    experiment = tiny(
+        data={"name": f"npz:{tmp_path / 'all.npz'}"}, partition={"name": "natural", "clients": 3}
+    )
+    ours = run(experiment, tmp_path / "ours").summary
+    theirs, _ = on_foreign_grid(experiment, tmp_path / "theirs", WithOwnData(tmp_path))
+    assert theirs["digest"] == ours["digest"]
+    names[2] = "yew"
+    write(2, ["ash", "elm", "yew"])
+    on_foreign_grid(experiment.replace("rounds=1"), tmp_path / "again", WithOwnData(tmp_path))
+    lines = (tmp_path / "again" / "tiny" / "clients.jsonl").read_text().splitlines()
+    said = {row["client"]: row["error"] for row in map(json.loads, lines) if "error" in row}
+    assert said.keys() == {2}
+    assert "the server knows no class 'yew'; its classes are ash, elm, fir" in said[2]

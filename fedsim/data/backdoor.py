@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedsim.data.classes import Word, position_of
 from fedsim.data.federated import FederatedData
 from fedsim.errors import UserError
 
 
-def planted(data: FederatedData, client: int, label: int, share: float, size: int) -> FederatedData:
+def planted(data: FederatedData, client: int, label: Word, share: float, size: int) -> FederatedData:
     """The data with a trigger in the images of one client.
 
     Args:
         data: as dealt out.
         client: whose images change.
-        label: what they are labelled as.
+        label: class that they are labelled as (see `fedsim.data.classes`).
         share: of them.
         size: side of the square, pixels.
 
@@ -32,15 +33,14 @@ def planted(data: FederatedData, client: int, label: int, share: float, size: in
     arrays = data.arrays
     if not 0 <= client < data.clients:
         raise UserError(f"[backdoor] client: there is no {client}; clients are 0 to {data.clients - 1}")
-    if not 0 <= label < len(arrays.classes):
-        raise UserError(f"[backdoor] label: there is no class {label}; 0 to {len(arrays.classes) - 1}")
+    target = position_of(label, arrays.classes, "[backdoor] label")
     if arrays.train_x.ndim != 4 or min(arrays.train_x.shape[2:]) < size:
         raise UserError(f"[backdoor] needs images [n, channels, h, w] of at least {size} pixels a side")
     rows = data.client(client)
     rows = np.random.default_rng(client).permutation(rows)[: round(share * len(rows))]
     x, y = np.array(arrays.train_x), np.array(arrays.train_y)
     x[rows] = triggered(x[rows], size)
-    y[rows] = label
+    y[rows] = target
     return replace(data, arrays=replace(arrays, train_x=x, train_y=y, digest=""))
 
 

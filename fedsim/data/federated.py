@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fedsim import registry
 from fedsim.data.attributes import Attribute, conformed
+from fedsim.data.classes import as_the_server
 from fedsim.data.partition import Partition, partition
 from fedsim.data.pixels import ValueRange
 from fedsim.data.sources import Arrays, stratified
@@ -225,6 +226,7 @@ def load_own(
     *,
     client: int,
     clients: int,
+    classes: Sequence[str],
     new_classes: int = 0,
     roots: Sequence[Path] = (),
     attributes: tuple[Attribute, ...] = (),
@@ -237,23 +239,25 @@ def load_own(
         options: keys of the server's `[data]`; of these `size`, `layout` and `value_range` apply here, too.
         client: which client the node is.
         clients: how many there are; the others have nothing here.
+        classes: names of the server's, whose labels the node's own become; it need not have all of them.
         new_classes: how many classes, the last, are not trained on.
         roots: folders in which a relative path is looked up.
         attributes: those of the server's data, as which the node's own are coded.
         ranges: what the server takes as black and white; the node's values of these dtypes are read alike.
 
     Raises:
-        UserError: see `load_arrays` and `conformed`; or the node's values lie outside the server's range.
+        UserError: see `load_arrays`, `as_the_server` and `conformed`; or the node's values lie outside the
+            server's range.
     """
     kind = "imagefolder" if any((root / path).is_dir() for root in [*roots, Path.cwd()]) else "npz"
     taken = inspect.signature(registry.resolve("datasets", f"{kind}:{path}").target).parameters
     shared = {
         key: options[key] for key in ("size", "layout", "value_range") if key in options and key in taken
     }
-    arrays = _ranged(f"{kind}:{path}", shared, roots, ranges)
+    arrays = as_the_server(_ranged(f"{kind}:{path}", shared, roots, ranges), classes, path)
     if attributes:
         arrays = replace(arrays, attributes=attributes, **_conformed(arrays, attributes, path))
-    rows = np.flatnonzero(np.asarray(arrays.train_y) < _base_classes(arrays, new_classes))
+    rows = np.flatnonzero(np.asarray(arrays.train_y) < len(classes) - new_classes)
     offsets = np.where(np.arange(clients + 1) > client, len(rows), 0).astype(np.int64)
     return FederatedData(arrays, Partition(rows, offsets), np.empty(0, np.int64), new_classes=new_classes)
 

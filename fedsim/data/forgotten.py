@@ -78,17 +78,16 @@ def check(data: FederatedData, classes: Sequence[int], clients: Sequence[int]) -
     """Raise UserError for what a federation cannot forget (a single node need not have any of it).
 
     Raises:
-        UserError: an unknown class or client, a class without data, or nothing would be left.
+        UserError: an unknown client, a class without data, or nothing would be left.
     """
     names, count = data.arrays.classes, data.clients
-    for key, chosen, size in (("classes", classes, len(names)), ("clients", clients, count)):
-        wrong = [number for number in chosen if not 0 <= number < size]
-        if wrong:
-            raise UserError(f"[forget] {key}: there is no {wrong[0]}; the {size} {key} are 0 to {size - 1}")
+    wrong = [client for client in clients if not 0 <= client < count]
+    if wrong:
+        raise UserError(f"[forget] clients: there is no {wrong[0]}; the {count} clients are 0 to {count - 1}")
     held = data.class_counts()
     absent = [c for c in classes if not held[:, c].any()]
     if absent:
-        raise UserError(f"[forget] classes: no client has samples of class {absent[0]} ({names[absent[0]]})")
+        raise UserError(f"[forget] classes: no client has samples of class '{names[absent[0]]}'")
     held[list(clients)] = 0
     held[:, list(classes)] = 0
     if not held.any():

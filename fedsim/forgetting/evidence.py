@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedsim import config, messages
 from fedsim.building import build
 from fedsim.data.backdoor import triggered
+from fedsim.data.classes import position_of
 from fedsim.forgetting.methods import Plan
 from fedsim.models.base import set_train_mode
 from fedsim.runs import Run
@@ -106,10 +107,11 @@ class Examiner:
             )
         trigger = self.task.experiment.settings["backdoor"]
         if self.teacher:
-            rows = np.flatnonzero(test_y != trigger["label"])
+            label = position_of(trigger["label"], arrays.classes, "[backdoor] label")
+            rows = np.flatnonzero(test_y != label)
             changed = triggered(np.asarray(arrays.test_x[rows]), trigger["size"])
             answers = self._run(changed, np.arange(len(rows)))[1].argmax(1)
-            figures["backdoor"] = float((answers == trigger["label"]).mean())
+            figures["backdoor"] = float((answers == label).mean())
         attacks = membership.attack(gone, train_y[self.forgotten], tests[self.unseen], test_y[self.unseen])
         figures |= {f"mia_{name}": found["auc"] for name, found in attacks.items()}
         return Evidence(figures, attacks, np.concatenate([gone, tests]))

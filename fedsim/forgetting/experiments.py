@@ -131,10 +131,11 @@ def _keys_of(edit: str) -> Iterable[str]:
 def lineage_of(plan: Plan, method: str) -> Tables:
     """What a run folder records of where it comes from."""
     requests = [*plan.origin.lineage.get("requests", [])]
+    words = plan.origin.words(plan.request)
     return {
         "origin": str(plan.origin.run.folder.resolve()),
         "digest": plan.origin.run.summary()["digest"],
         "root": str(plan.origin.root.folder.resolve()),
         "method": method,
-        "requests": [*requests, {"kind": plan.request.kind, "ids": list(plan.request.ids)}],
+        "requests": [*requests, {"kind": plan.request.kind, "ids": list(plan.request.ids), "words": words}],
     }

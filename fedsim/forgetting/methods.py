@@ -30,12 +30,13 @@ class Plan:
     def document(self, name: str, **sections: Any) -> Tables:
         """The run's own experiment without the data, with some sections or keys replaced."""
         document = self.origin.experiment.document()
-        lost = {KEYS[kind]: self.origin.before(kind) for kind in KEYS}
-        lost[KEYS[self.request.kind]] += self.request.ids
+        lost = {kind: self.origin.before(kind) for kind in KEYS}
+        lost[self.request.kind] += self.request.ids
         partition = document["partition"]
         partition.setdefault("seed", self.origin.experiment.seed)
         document["checkpoints"]["record_updates"] = False
-        forget = {**document["forget"], **{key: sorted(ids) for key, ids in lost.items() if ids}}
+        left_out = {KEYS[kind]: self.origin.written(kind, sorted(ids)) for kind, ids in lost.items() if ids}
+        forget = {**document["forget"], **left_out}
         if all(lost.values()):
             forget["watch"] = KEYS[self.request.kind]
         return {**document, "name": name, "baselines": [], "forget": forget, **sections}
@@ -46,7 +47,7 @@ class Plan:
         strategy = {
             "name": "unlearn",
             "kind": self.request.kind,
-            "targets": list(self.request.ids),
+            "targets": self.origin.written(self.request.kind, self.request.ids),
             "edit": edit,
             "recover": mine["strategy"],
             **keys,
@@ -185,9 +186,8 @@ def _first_round(root: Run, plan: Plan) -> int:
         row["round"] for row in root.client_rows() if row["phase"] == "train" and row["client"] in holders
     ]
     if not rounds:
-        raise UserError(
-            f"{root.folder}: nobody ever trained on {plan.request.label}; there is nothing to forget"
-        )
+        what = ", ".join(plan.origin.words(plan.request))
+        raise UserError(f"{root.folder}: nobody ever trained on {what}; there is nothing to forget")
     return int(min(rounds))
 
 

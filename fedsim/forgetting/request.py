@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsim.config import Experiment
-from fedsim.errors import UserError, nearest
+from fedsim.data.classes import Word, positions_of, written
+from fedsim.errors import UserError
 from fedsim.runs import Run
 
 Kind = Literal["class", "client"]
@@ -36,11 +38,6 @@ class Request:
     kind: Kind
     ids: tuple[int, ...]
 
-    @property
-    def label(self) -> str:
-        """`class-9`, `client-3-5`."""
-        return "-".join([self.kind, *map(str, self.ids)])
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -49,11 +46,13 @@ class Origin:
     Attributes:
         run: its folder.
         experiment: the ordinary experiment behind it: of a run that forgot before, the one before that.
+        classes: class names of its data, in the order of the labels.
         lineage: of the run itself, where it is the result of forgetting.
     """
 
     run: Run
     experiment: Experiment
+    classes: tuple[str, ...]
     lineage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,7 +63,23 @@ class Origin:
     def before(self, kind: Kind) -> list[int]:
         """Classes or clients that are forgotten already."""
         ids = {i for one in self.lineage.get("requests", []) if one["kind"] == kind for i in one["ids"]}
-        return sorted({*ids, *self.experiment.settings["forget"].get(KEYS[kind], [])})
+        stated = self.experiment.settings["forget"].get(KEYS[kind], [])
+        if kind == "class":
+            stated = positions_of(stated, self.classes, "[forget] classes")
+        return sorted({*ids, *stated})
+
+    def written(self, kind: Kind, ids: Iterable[int]) -> list[Word]:
+        """Classes or clients as an experiment file, a folder or the command line names them."""
+        return [written(i, self.classes) if kind == "class" else i for i in ids]
+
+    def words(self, request: Request) -> list[str]:
+        """What is forgotten, in words."""
+        return [self.classes[i] if request.kind == "class" else f"client {i}" for i in request.ids]
+
+    def label(self, request: Request) -> str:
+        """`class-9`, `client-3-5`; safe as a part of a folder's name."""
+        parts = [request.kind, *map(str, self.written(request.kind, request.ids))]
+        return re.sub(r"[^\w.+-]+", "_", "-".join(parts))
 
     @property
     def root(self) -> Run:
@@ -82,43 +97,43 @@ def opened(run: Run) -> Origin:
         raise UserError(f"{run.folder} is not finished; first: fedsim resume {run.folder}")
     if not (run.folder / "state.safetensors").is_file():
         raise UserError(f"{run.folder} has no final state (state.safetensors); run the experiment again")
+    from fedsim.building import class_names
+
     path = run.folder / LINEAGE
     if not path.is_file():
-        return Origin(run, run.experiment())
+        return Origin(run, run.experiment(), class_names(run.experiment()))
     lineage = json.loads(path.read_text("utf-8"))
     if run.experiment().settings["forget"].get("relearn"):
         raise UserError(
             f"{run.folder} learnt again what was forgotten, to measure how fast: forget from "
             f"{lineage['origin']}, or from a method's folder beside it"
         )
-    return Origin(run, Run.open(Path(lineage["root"])).experiment(), lineage)
+    experiment = Run.open(Path(lineage["root"])).experiment()
+    return Origin(run, experiment, class_names(experiment), lineage)
+
+
+def words_of(origin: Origin, kind: Kind, text: str) -> list[str]:
+    """The words of `--class` or `--client`, separated by commas; a name that has commas stands alone."""
+    if kind == "class" and text in origin.classes:
+        return [text]
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def request_of(origin: Origin, kind: Kind, words: Sequence[str]) -> Request:
-    """The classes (by position or name) or clients that a user named.
+    """The classes (see `fedsim.data.classes`) or clients that a user named.
 
     Raises:
-        UserError: one that is not there, that has no data or is forgotten already; or nothing would be left.
+        UserError: one that is not there, that has no data or is forgotten already; nothing would be left; or
+            the data are not those of the run any more, so that positions may mean other classes.
     """
     from fedsim.building import load_data
 
     data = load_data(origin.experiment)
-    classes = data.arrays.classes
+    names = data.arrays.classes
     if not words:
         raise UserError(f"--{kind} is empty: say which, for example --{kind} 0")
-    names = [str(n) for n in range(data.clients)] if kind == "client" else list(classes)
-    ids = []
-    for word in words:
-        if word.isdecimal() and int(word) < len(names):
-            ids.append(int(word))
-        elif word in names:
-            ids.append(names.index(word))
-        else:
-            numbers = f"0 to {len(names) - 1}"
-            known = f"clients are {numbers}"
-            if kind == "class":
-                known = f"by number {numbers}, or by name: {nearest(word, names)}"
-            raise UserError(f"--{kind} {word}: there is no such {kind}; {known}")
+    _check_same(origin.run, data.arrays.digest)
+    ids = positions_of(words, names, "--class") if kind == "class" else _clients(words, data.clients)
     chosen = tuple(sorted(set(ids)))
     counts = data.class_counts().sum(0)
     nobody = [names[i] for i in chosen if kind == "class" and not counts[i]]
@@ -132,7 +147,25 @@ def request_of(origin: Origin, kind: Kind, words: Sequence[str]) -> Request:
         )
     old = set(origin.before(kind)) & set(chosen)
     if old:
-        raise UserError(f"{kind} {min(old)} is left out of {origin.run.folder} already")
-    if len(chosen) + len(origin.before(kind)) >= len(names):
+        which = origin.written(kind, [min(old)])[0]
+        raise UserError(f"{kind} {which} is left out of {origin.run.folder} already")
+    if len(chosen) + len(origin.before(kind)) >= (len(names) if kind == "class" else data.clients):
         raise UserError(f"nothing would be left: that is every {kind} there is")
     return Request(kind, chosen)
+
+
+def _check_same(run: Run, digest: str) -> None:
+    """Raise UserError if the run's last checkpoint is of other data (of another order of classes, say)."""
+    tree, _ = run.latest_checkpoint()
+    if tree is not None and tree["identity"]["the data"] != digest:
+        raise UserError(
+            f"{run.folder}: the data changed since this run, so its classes may be others by now; put the "
+            "data back, or run the experiment again"
+        )
+
+
+def _clients(words: Sequence[str], count: int) -> list[int]:
+    for word in words:
+        if not (word.isdecimal() and int(word) < count):
+            raise UserError(f"--client {word}: there is no such client; clients are 0 to {count - 1}")
+    return list(map(int, words))

@@ -175,21 +175,14 @@ def _report(plan: Plan, runs: dict[str, Run], relearnt: dict[str, Run]) -> Table
             models[name]["figures"]["relearn"] = _relearn_rounds(relearnt[name], level)
     report = {
         "request": {"kind": plan.request.kind, "ids": list(plan.request.ids)},
-        "words": _names(examiner, plan.request),
+        "words": plan.origin.words(plan.request),
         "origin": plan.origin.run.folder.name,
-        "before": {KEYS[kind]: plan.origin.before(kind) for kind in KEYS},
+        "before": {key: plan.origin.written(kind, plan.origin.before(kind)) for kind, key in KEYS.items()},
         "rounds": plan.origin.experiment.rounds,
         "seed": plan.origin.experiment.seed,
         "models": models,
     }
     return judged(report, {name: found.outputs for name, found in evidence.items()}, examiner.resolution)
-
-
-def _names(examiner: Examiner, request: Request) -> list[str]:
-    """What is forgotten, in words."""
-    if request.kind == "client":
-        return [f"client {i}" for i in request.ids]
-    return [examiner.task.data.arrays.classes[i] for i in request.ids]
 
 
 def _forget_accuracy(found: Evidence) -> float:

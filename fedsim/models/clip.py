@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,33 @@ def spoken(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
+def tell_apart(classes: Sequence[str], readings: Sequence[Hashable]) -> None:
+    """Raise UserError unless a text tower reads every class name as no other.
+
+    Args:
+        classes: class names.
+        readings: what it reads of each; none (token ids on `meta`): the names alone are compared.
+    """
+    names = [spoken(name) for name in classes]
+    blank = [number for number, name in enumerate(names) if not name]
+    if blank:
+        raise UserError(f"class {blank[0]} has no name for the text tower to read; give it one")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"classes of the same name get the same text feature: '{twice[0]}' occurs "
+            f"{names.count(twice[0])} times; rename them"
+        )
+    read: dict[Hashable, str] = {}
+    for name, reading in zip(names, readings, strict=False):
+        other = read.setdefault(reading, name)
+        if other != name:
+            raise UserError(
+                f"nothing tells the classes '{other}' and '{name}' apart: the text tower reads the same in "
+                "both; rename one"
+            )
+
+
 class WordTokenizer:
     """One token per word from a fixed list: 0 pads, words count from 1, the two highest are start and end.
 
@@ -167,7 +194,8 @@ def clip_classifier(
         derived: entries of `clip`'s state that were computed, see `Classifier`.
 
     Raises:
-        UserError: no `{}` in a template, inputs are no images, or a word the tokenizer does not know.
+        UserError: no `{}` in a template, inputs are no images, a word that the tokenizer does not know, or
+            classes that the text tower cannot tell apart.
     """
     templates = [template] if isinstance(template, str) else list(template)
     bad = [text for text in templates if "{}" not in text]
@@ -176,6 +204,8 @@ def clip_classifier(
     check_images(data, "CLIP")
     clip.eval()
     captions = [tokenize([form.replace("{}", spoken(name)) for name in data.classes]) for form in templates]
+    tokens = torch.cat(captions, 1)
+    tell_apart(data.classes, [] if tokens.is_meta else [row.tobytes() for row in tokens.cpu().numpy()])
     with torch.no_grad():
         text = torch.stack([clip.encode_text(tokens, normalize=True) for tokens in captions]).mean(0)
     model = Classifier(

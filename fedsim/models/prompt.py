@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, train_only
-from fedsim.models.clip import CosineHead, cosine_logits, spoken
+from fedsim.models.clip import CosineHead, cosine_logits, spoken, tell_apart
 from fedsim.models.text_towers import TextSide, TextTower, text_tower
 from fedsim.ranges import Count
 
@@ -189,7 +189,7 @@ def prompt_start(
             f"tuning '{mode}' writes captions for the text tower of a CLIP, this model has none; use [model] "
             'name = "clip-lite", "open_clip:NAME" or "hf-clip:NAME"'
         )
-    check_names(side.classes)
+    _check_named(side.classes)
     words = [] if init == "normal" else context_words(side, init, tokens)
     layout = lay_out(side, len(words) or tokens, position)
     tower = text_tower(side.clip)
@@ -207,21 +207,12 @@ def prompt_start(
     return PromptStart(tower, shown, fixed, known, model.head.logit_scale, side.derived)
 
 
-def check_names(classes: Sequence[str]) -> None:
-    """Raise UserError unless every class has a name of its own."""
-    names = [spoken(name) for name in classes]
-    blank = [number for number, name in enumerate(names) if not name]
-    if blank or names == [str(number) for number in range(len(names))]:
+def _check_named(classes: Sequence[str]) -> None:
+    """Raise UserError for classes that are only numbered."""
+    if all(name.isdecimal() for name in classes):
         raise UserError(
-            "tuning 'prompt' learns the words around class names, but "
-            + (f"class {blank[0]} has no name" if blank else "these classes are only numbered")
-            + '; name them (an npz file: an array "classes")'
-        )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(
-            f"tuning 'prompt' cannot tell classes apart that have the same name: '{twice[0]}' occurs "
-            f"{names.count(twice[0])} times; rename them"
+            "tuning 'prompt' learns the words around class names, but these classes are only numbered; name "
+            'them (an npz file: an array "classes")'
         )
 
 
@@ -253,15 +244,7 @@ def lay_out(side: TextSide, count: int | None, position: Position) -> Layout:
         _follow(side, form, filler, f" {name}") if follows else content(side.tokenize, form, name)
         for name in map(spoken, side.classes)
     ]
-    read: dict[tuple[int, ...], str] = {}
-    for name, words in zip(map(spoken, side.classes), names, strict=True):
-        other = read.get(tuple(words))
-        if other is not None:
-            raise UserError(
-                f"tuning 'prompt' cannot tell the classes '{other}' and '{name}' apart: the text tower reads "
-                "the same in both; rename one"
-            )
-        read[tuple(words)] = name
+    tell_apart(side.classes, [tuple(words) for words in names])
     around = len(form.start) + len(rest) + form.ending
     longest = max(range(len(names)), key=lambda row: len(names[row]))
     free = limit - around - len(names[longest])

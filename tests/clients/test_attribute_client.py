@@ -15,6 +15,7 @@ from clients.training import make as standard
 from fedsim import messages, registry
 from fedsim.building import OwnData, build
 from fedsim.data.attributes import Attribute, to_json
+from fedsim.data.sources import DIGIT_WORDS
 from fedsim.errors import UserError
 from fedsim.task import Task
 from fedsim.unlearning import DETACHERS
@@ -154,9 +155,9 @@ def test_a_node_without_the_attribute_trains_the_task_alone(tmp_path: Path) -> N
     np.savez(tmp_path / "without.npz", x=x, y=y, classes=words)
     experiment = task().experiment
     said = to_json([Attribute("tint", ("0", "1"))])
-    informed = build(experiment, OwnData(str(tmp_path / "with.npz"), 1, said))
+    informed = build(experiment, OwnData(str(tmp_path / "with.npz"), 1, said, classes=DIGIT_WORDS))
     assert moments_of(informed, informed.data.client(1), released=False).count == 30
-    ours = build(experiment, OwnData(str(tmp_path / "without.npz"), 1, said))
+    ours = build(experiment, OwnData(str(tmp_path / "without.npz"), 1, said, classes=DIGIT_WORDS))
     found, metrics = trained(ours, Detaching(ours), **{messages.STRENGTH: 5.0})
     plain, _ = trained(ours, back_propagation)
     assert metrics["detach_skipped"] == 1.0

@@ -53,7 +53,6 @@ def test_relearning_leaves_the_training_data_whole(data: FederatedData) -> None:
 @pytest.mark.parametrize(
     ("classes", "clients", "said"),
     [
-        ([10], [], r"there is no 10; the 10 classes are 0 to 9"),
         ([], [4], r"there is no 4; the 4 clients are 0 to 3"),
         (list(range(10)), [], "no training data at all"),
         ([], [0, 1, 2, 3], "no training data at all"),
@@ -66,7 +65,7 @@ def test_mistakes(data: FederatedData, classes: list[int], clients: list[int], s
 
 def test_a_class_that_nobody_has(data: FederatedData) -> None:
     left = without(data, [9], [])
-    with pytest.raises(UserError, match=r"no client has samples of class 9 \(nine\)"):
+    with pytest.raises(UserError, match=r"no client has samples of class 'nine'"):
         check(left, [9], [])
     assert len(without(left, [9], []).partition.indices) == len(
         left.partition.indices

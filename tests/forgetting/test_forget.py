@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fedsim.building import load_data
@@ -69,7 +71,7 @@ def test_forget_a_class_beside_retraining(forget: Forget, runs: Path) -> None:
     assert report["models"]["retrain"]["tow"] == 1
     lineage = json.loads((folder / "prune" / "lineage.json").read_text())
     assert lineage["origin"] == str((runs / "tiny").resolve())
-    assert lineage["requests"] == [{"kind": "class", "ids": [9]}]
+    assert lineage["requests"] == [{"kind": "class", "ids": [9], "words": ["nine"]}]
     experiment = Run.open(folder / "prune").experiment()
     assert experiment["strategy"].options["edit"] == {"name": "prune", "ratio": 0.2}
     assert experiment.rounds == 1 + 2  # scoring, and a quarter of four rounds but no fewer than two
@@ -157,6 +159,55 @@ def test_forgetting_on_top_of_forgetting_is_recorded(forget: Forget, runs: Path)
     again = forget(run.folder, "--class", 3)
     assert again.exit_code == 2
     assert "class 3 is left out of" in again.stderr
+
+
+def test_folders_that_are_numbers_go_by_their_names(forget: Forget, tmp_path: Path) -> None:
+    """0, 1, 10, 11, 2 in this order: class 2 is the last of them, not the one at position 2."""
+    rng = np.random.default_rng(0)
+    for name in ("0", "1", "2", "10", "11"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            noise = rng.integers(0, 90, (8, 8, 3)) + 15 * int(name)
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(
+                tmp_path / "data" / name / f"{number}.png"
+            )
+    data = {"name": f"imagefolder:{tmp_path / 'data'}", "size": 8}
+    experiment = tiny("rounds=1", "partition.clients=2", "partition.shots=2", data=data)
+    run_experiment(experiment, Run.create(experiment, tmp_path))
+    less = ("--method", "none", "--no-retrain", "--relearn", 0, "--set", "recover.rounds=1", "--json")
+    first = forget(tmp_path / "tiny", "--class", "2", *less)
+    assert first.exit_code == 0, first.output
+    again = forget(tmp_path / "tiny", "--class", "index:4", *less)
+    assert json.loads(again.stdout.splitlines()[-1])["words"] == ["2"]
+    folder = tmp_path / "tiny-forget-class-2"
+    assert sorted(path.name for path in tmp_path.glob("tiny-forget-*")) == [folder.name]
+    run = Run.open(folder / "none")
+    assert run.experiment().settings["forget"]["classes"] == ["2"]
+    assert run.summary()["forgotten_classes"] == ["2"]
+    assert json.loads((run.folder / "lineage.json").read_text())["requests"] == [
+        {"kind": "class", "ids": [4], "words": ["2"]}
+    ]
+    second = forget(run.folder, "--class", "10,0", *less)
+    assert second.exit_code == 0, second.output
+    below = folder / "none-forget-class-0-10"
+    assert Run.open(below / "none").summary()["forgotten_classes"] == ["0", "10", "2"]
+    assert "Left out before: classes 2." in (below / "report.md").read_text()
+    assert "class 2 is left out of" in forget(run.folder, "--class", "2", *less).stderr
+    unclear = forget(tmp_path / "tiny", "--class", "3", *less)
+    assert unclear.exit_code == 2
+    assert "write a name" in unclear.stderr
+    assert "index:3 for the class at that position, '11'" in unclear.stderr
+    (tmp_path / "data" / "2").rename(tmp_path / "data" / "100")
+    changed = forget(tmp_path / "tiny", "--class", "1", *less)
+    assert changed.exit_code == 2
+    assert "the data changed since this run" in changed.stderr
+
+
+def test_a_name_with_commas_is_one_class(runs: Path) -> None:
+    origin = replace(request.opened(Run.open(runs / "tiny")), classes=("crane, bird", "crane", "bird"))
+    assert request.words_of(origin, "class", "crane, bird") == ["crane, bird"]
+    assert request.words_of(origin, "class", "bird,crane") == ["bird", "crane"]
+    assert request.words_of(origin, "client", "1, 2,") == ["1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,19 @@ def test_export_is_read_back_by_open_clip(tmp_path: Path) -> None:
             again.encode_image(pixels), model.backbone.visual(pixels), rtol=1e-5, atol=1e-5
         )
     assert json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"] == 64
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (("one", "two", "one"), "'one' occurs 2 times; rename them"),
+        (("one", " one"), "'one' occurs 2 times"),
+        (("one", "One", "two"), "classes 'one' and 'One' apart: the text tower reads the same"),
+        (("one", "_"), "class 1 has no name"),
+    ],
+)
+def test_classes_that_the_text_tower_cannot_tell_apart_are_refused(
+    classes: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        tiny_clip(DataInfo(classes, (1, 8, 8)))

@@ -328,3 +328,20 @@ def test_bad_input(tmp_path: Path) -> None:
         hf_clip(DATA, name=str(tmp_path))
     with pytest.raises(UserError, match="takes images"):
         hf_clip(DataInfo(("a", "b"), (12,)), name=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_zero_shot_head_has_two_rows_that_are_the_same(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'nice cat' occurs 2 times"):
+        make(kind, tmp_path, ("nice cat", "dog", "nice_cat"))
+    with pytest.raises(UserError, match="classes 'frog' and 'Frog' apart: the text tower reads the same"):
+        make(kind, tmp_path, ("frog", "dog", "Frog"))
+
+
+def test_names_that_differ_where_a_caption_is_cut_are_refused(tmp_path: Path) -> None:
+    """One token a letter, at most 60."""
+    long = "big white dog " * 6
+    with pytest.raises(UserError, match="reads the same in both"):
+        make("hf-clip", tmp_path, (f"{long} cat", f"{long} frog"))
+    names = ("cat", "frog")
+    assert make("hf-clip", tmp_path, names, f"{{}} of {long}").head.weight.shape == (2, 16)

@@ -230,6 +230,18 @@ def test_the_end_is_sustained_forgetting_with_accuracy_back() -> None:
     assert not blind.done()  # the test set ends nothing
 
 
+def test_targets_are_written_as_classes_are_named_everywhere(trained: Result) -> None:
+    task = build(unlearn(trained))
+    strategy = Unlearn(targets=["index:3", "nine", 9], edit={"name": "prune"})
+    strategy.begin(task)
+    assert strategy._place().targets == [3, 9]
+    assert strategy._edit.rounds(strategy.targets) == 2
+    with pytest.raises(UserError, match=r"\[strategy\] targets ten: there is no such class"):
+        Unlearn(targets=["ten"]).begin(task)
+    with pytest.raises(UserError, match="'nine' is no client"):
+        Unlearn(kind="client", targets=["nine"])
+
+
 def test_recovery_has_the_schedule_to_itself(trained: Result, tmp_path: Path) -> None:
     """A cosine over the recovery rounds, whatever the edit took before."""
     scales: list[float] = []
