@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim import assets_cli, forget_cli, sweep_cli
+from fedsim import assets_cli, forget_cli, json_text, sweep_cli
 from fedsim.cli_options import Debug, File, Json, PlainHelp, RunFolder, Runs, Set, Verbose
 from fedsim.errors import UserError
 from fedsim.session import Session
@@ -335,7 +335,7 @@ def _close(
     session.console.print()
     session.facts({"run folder": str(finished.folder), "next": next_command})
     if as_json:
-        print(json.dumps(summary))
+        print(json_text.dump(summary))
 
 
 def _run_app(folder: Path, clients: int | None, overrides: list[str]) -> int:
