@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: how names of figures of a client's local test part begin where those of the whole test set are there, too
 LOCAL = "local_"
+NO_TESTS = "no local test samples"
 
 
 def server_metrics(task: Task) -> dict[str, float]:
@@ -73,7 +74,7 @@ def over_clients(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def unmeasured(row: Mapping[str, Any]) -> list[str]:
     """Why figures that a client reports cannot be used, in words; nothing where all can."""
     keys = [key for key in row if key.endswith(("accuracy", "loss")) and not np.isfinite(_figure(row, key))]
-    reasons = [f"{key} is {row[key]}" if _samples(row, key) else "no local test samples" for key in keys]
+    reasons = [f"{key} is {row[key]}" if _samples(row, key) else NO_TESTS for key in keys]
     return list(dict.fromkeys(reasons))
 
 

@@ -72,9 +72,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
             progress.arrays = load(best)["arrays"]
             progress.last = loop.server_metrics(progress)
         else:
-            loop.notice(
-                "no round has a finite validation loss, so the result is the last state, not the best"
-            )
+            loop.notice("no round has a finite validation loss: the result is the last state, not the best")
     values = messages.views_of(progress.arrays)
     write_atomic(run.folder / "state.safetensors", save({k: v.copy() for k, v in values.items()}))
     summary = {

@@ -3,8 +3,8 @@
     it was asked for, once -> no error -> counts are counts -> names, shapes, dtypes -> values are finite
 
 (`messages.complaint` checks one reply; an engine that folds calls it where replies are summed up.) A reply
-that does not pass is kept back, and its client and the reason are in `Replies.refused`. Size and depth of what
-comes over a wire are looked at before that, in `fedsim/wire.py`.
+that does not pass is kept back, and its client and the reason are in `Replies.refused`. Size and depth of
+what comes over a wire are looked at before that, in `fedsim/wire.py`.
 
 Flower's strategies end the run when replies differ in their records or metrics: they get what all have.
 """

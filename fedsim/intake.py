@@ -76,7 +76,7 @@ class Intake:
             NotEnoughReplies: a strategy that is not ours has none to work with.
         """
         rows = self.rows(replies)
-        self._name_left_out(number, rows, _not_finite)
+        self.name_left_out(number, rows, _not_finite)
         if not self.theirs or replies.refused is None:
             arrays, metrics = self.strategy.aggregate_train(number, replies)
         elif not rows:
@@ -92,12 +92,25 @@ class Intake:
     def evaluated(self, number: int, replies: Replies) -> list[Mapping[str, Any]]:
         """Tell the strategy what clients measured; their metrics in order of client."""
         rows = self.rows(replies)
-        self._name_left_out(number, rows, unmeasured)
+        self.name_left_out(number, rows, unmeasured)
         if not self.theirs:
             self.strategy.aggregate_evaluate(number, replies)
         elif self._weighs(rows):
             self.strategy.aggregate_evaluate(number, self._alike(replies, rows))
         return [rows[client] for client in sorted(rows)]
+
+    def name_left_out(
+        self, number: int, rows: Rows, why: Callable[[Mapping[str, Any]], Sequence[str]]
+    ) -> None:
+        """Say which clients are left out of means, and why: once for each client and reason."""
+        found: dict[str, list[int]] = {}
+        for client, row in rows.items():
+            for reason in why(row):
+                if (client, reason) not in self._said:
+                    self._said.add((client, reason))
+                    found.setdefault(reason, []).append(client)
+        for reason, clients in found.items():
+            self.notice(f"round {number}: {_listed(sorted(clients))} left out of the mean: {reason}")
 
     # ------------------------------------------------------------------------------- internals
 
@@ -133,19 +146,6 @@ class Intake:
 
     def _weighs(self, rows: Rows) -> bool:
         return any(row[self.weight] for row in rows.values())
-
-    def _name_left_out(
-        self, number: int, rows: Rows, why: Callable[[Mapping[str, Any]], Sequence[str]]
-    ) -> None:
-        """Say which clients are left out of means, and why: once for each client and reason."""
-        found: dict[str, list[int]] = {}
-        for client, row in rows.items():
-            for reason in why(row):
-                if (client, reason) not in self._said:
-                    self._said.add((client, reason))
-                    found.setdefault(reason, []).append(client)
-        for reason, clients in found.items():
-            self.notice(f"round {number}: {_listed(sorted(clients))} left out of the mean: {reason}")
 
 
 def averaged_by_flower(strategy: Strategy) -> bool:

@@ -35,7 +35,7 @@ from fedsim.checkpoints import Unstorable
 from fedsim.data.attributes import to_json
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
-from fedsim.evaluation import over_clients, server_metrics
+from fedsim.evaluation import NO_TESTS, over_clients, server_metrics
 from fedsim.hooks import Hook, Round
 from fedsim.intake import Intake, averaged_by_flower
 from fedsim.messages import Replies
@@ -196,7 +196,12 @@ class Loop:
     def server_metrics(self, progress: Progress) -> dict[str, float]:
         """The shared state on the test set, on every client's local part of it, on the validation split."""
         self.task.load(progress.arrays)
-        return server_metrics(self.task)
+        found = server_metrics(self.task)
+        if any(key.endswith(messages.UNMEASURED) for key in found):
+            data = self.task.data
+            untested = {c: {} for c in range(self.experiment.clients) if not len(data.local_test(c))}
+            self.intake.name_left_out(progress.server_round, untested, lambda row: [NO_TESTS])
+        return found
 
     def _client_metrics(self, progress: Progress, number: int) -> dict[str, float]:
         config = self._config(number)

@@ -48,7 +48,7 @@ def restore(strategy: Strategy, state: Mapping[str, Any]) -> None:
 
 
 def innermost(strategy: Strategy) -> Strategy:
-    """The strategy that sums replies up: one around another (differential privacy, unlearning) hands them on."""
+    """The strategy that sums replies up: one that wraps another (differential privacy) hands them on."""
     inner = next((value for value in vars(strategy).values() if isinstance(value, Strategy)), None)
     return strategy if inner is None else innermost(inner)
 
