@@ -285,6 +285,7 @@ def test_uniform_weights_need_no_counts() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), None])
 def test_the_strategys_own_weight_is_checked_inside_a_wrapper_too(value: float | None) -> None:
     def change(client: int, own: Content) -> None:
+        _arrays(own, w=np.full(3, client + 1, np.float32))  # Flower divides by the size of a change
         own["metrics"]["shares"] = 1.0
         if client == BAD and value is None:
             del own["metrics"]["shares"]
@@ -313,9 +314,7 @@ def test_a_loss_that_is_no_number_leaves_the_mean_and_is_named(make: type[Strate
 
 
 def test_no_usable_reply_ends_the_run_and_names_every_client() -> None:
-    with pytest.raises(
-        NotEnoughReplies, match=r"no usable reply; training diverges: lower client\.lr"
-    ) as told:
+    with pytest.raises(NotEnoughReplies, match="no usable reply; training diverges: lower") as told:
         take(FedMedian(), lambda client, own: _arrays(own, w=np.full(3, np.nan, np.float32)))
     assert all(f"client {client}: 'w' holds NaN" in str(told.value) for client in range(CLIENTS))
 
@@ -338,7 +337,7 @@ def test_a_strategy_may_say_what_replies_hold() -> None:
 
 
 def test_an_error_reply_of_nobody_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """On a stranger's grid, what the SuperLink says in the place of a node has the SuperLink as its source."""
+    """On a stranger's grid, what a SuperLink says in the place of a node has the SuperLink as its source."""
     from flwr.app import Error
 
     from fedsim import _flwr
