@@ -11,13 +11,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
-    FedMedian,
-    FedTrimmedAvg,
-    Strategy,
-)
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Strategy
 
 from fedsim import messages
 from fedsim.averaging import WeightedAverage
@@ -285,16 +279,25 @@ def test_uniform_weights_need_no_counts() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), None])
 def test_the_strategys_own_weight_is_checked_inside_a_wrapper_too(value: float | None) -> None:
     def change(client: int, own: Content) -> None:
-        _arrays(own, w=np.full(3, client + 1, np.float32))  # Flower divides by the size of a change
         own["metrics"]["shares"] = 1.0
         if client == BAD and value is None:
             del own["metrics"]["shares"]
         elif client == BAD:
             own["metrics"]["shares"] = value
 
-    inner = FedAvg(weighted_by_key="shares")
-    taken = take(DifferentialPrivacyServerSideFixedClipping(inner, 0.0, 9.0, CLIENTS), change)
+    class Around(Own):
+        def __init__(self) -> None:
+            self.strategy = FedAvg(weighted_by_key="shares")
+
+        def aggregate_train(
+            self, server_round: int, replies: Iterable[Message]
+        ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+            return self.strategy.aggregate_train(server_round, replies)
+
+    taken = take(Around(), change)
     assert taken.refused == {BAD: f"'shares' is {value!r}, not a count"}
+    assert taken.arrays is not None
+    np.testing.assert_array_equal(taken.arrays["w"], 2.0)  # of 0, 1, 3 and 4, each with one share
 
 
 @pytest.mark.parametrize("make", [WeightedAverage, FedAvg, Own])
