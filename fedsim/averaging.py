@@ -97,7 +97,7 @@ class WeightedAverage(Strategy):
     def __init_subclass__(cls, **options: Any) -> None:
         """A method that looks at single replies must get them: it loses `reduction` unless it says so."""
         super().__init_subclass__(**options)
-        looks = {"weight", "combine", "aggregate_train"} & set(vars(cls))
+        looks = {"weight", "combine", "aggregate_train", "reply_shapes"} & set(vars(cls))
         if looks and "reduction" not in vars(cls):
             cls.reduction = None
 

@@ -99,7 +99,7 @@ def _form(value: Any) -> str:
 
 
 def _with(message: Message, records: Iterable[str], metrics: Mapping[str, Iterable[str]]) -> Message:
-    content = message.content
+    content: Mapping[str, Any] = message.content
     kept = RecordDict({key: content[key] for key in records})
     for key, names in metrics.items():
         kept[key] = MetricRecord({name: content[key][name] for name in names})

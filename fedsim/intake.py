@@ -77,6 +77,8 @@ class Intake:
         """
         rows = self.rows(replies)
         self.name_left_out(number, rows, _not_finite)
+        arrays: ArrayRecord | None
+        metrics: Mapping[str, Any] | None
         if not self.theirs or replies.refused is None:
             arrays, metrics = self.strategy.aggregate_train(number, replies)
         elif not rows:

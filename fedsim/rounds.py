@@ -164,8 +164,8 @@ class Loop:
         arrays, metrics = self.intake.trained(number, replies)
         if arrays is not None:
             progress.arrays = payload.conform(arrays, self.task.selection.shared)
-        refused = {**(replies.refused or {}), **getattr(self.strategy, "refused", failed)}
-        for client, reason in refused.items():
+        refused = {**failed, **(replies.refused or {}), **getattr(self.strategy, "refused", {})}
+        for client, reason in sorted(refused.items()):
             self._tell("notice", f"round {number}: reply of client {client} not used: {_first_line(reason)}")
         record = Round(number, clients=received.answered - len(refused), refused=len(refused))
         for key, value in (metrics or {}).items():
@@ -199,7 +199,8 @@ class Loop:
         found = server_metrics(self.task)
         if any(key.endswith(messages.UNMEASURED) for key in found):
             data = self.task.data
-            untested = {c: {} for c in range(self.experiment.clients) if not len(data.local_test(c))}
+            count = {c: len(data.local_test(c)) for c in range(self.experiment.clients)}
+            untested: dict[int, dict[str, Any]] = {c: {} for c, tests in count.items() if not tests}
             self.intake.name_left_out(progress.server_round, untested, lambda row: [NO_TESTS])
         return found
 
