@@ -61,6 +61,7 @@ __all__ = [
     "record_dict",
     "sendable",
     "set_message_id",
+    "set_source",
     "with_content",
     "with_error",
 ]
@@ -235,11 +236,18 @@ def hollow_message(message: Message) -> Message:
 
 
 def numpy_view(array: Array) -> NDArray[Any]:
-    """The values of an Array without a copy where possible (read-only: do not write to it)."""
+    """The values of an Array without a copy (read-only: do not write to it).
+
+    Raises:
+        ValueError: they are not what `np.save` writes. It is not tried to load them: what a header says may
+            take any amount of memory.
+    """
     values: NDArray[Any] | None = array.__dict__.get("values")
     if values is None:
         values = saved_view(array)
-    return array.numpy() if values is None else values
+    if values is None:
+        raise ValueError("not an array as np.save writes it")
+    return values
 
 
 def saved_view(array: Array) -> NDArray[Any] | None:
@@ -250,11 +258,11 @@ def saved_view(array: Array) -> NDArray[Any] | None:
         return None
     try:
         shape, fortran, dtype = _npy_header(data[:head])
-    except ValueError:
+        if dtype.hasobject or len(data) != head + math.prod(shape) * dtype.itemsize:
+            return None
+        return np.ndarray(shape, dtype, data, head, order="F" if fortran else "C")
+    except (ValueError, TypeError, RecursionError, MemoryError):  # a header from outside may be anything
         return None
-    if dtype.hasobject or len(data) != head + math.prod(shape) * dtype.itemsize:
-        return None
-    return np.ndarray(shape, dtype, data, head, order="F" if fortran else "C")
 
 
 @lru_cache(maxsize=4096)
@@ -359,6 +367,11 @@ _METADATA_FIELDS = tuple(
 def set_message_id(message: Message, message_id: str) -> None:
     """What a SuperLink does to a message that it accepts."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def set_source(message: Message, node: int) -> None:
+    """Say whose message it is."""
+    message.metadata.__dict__["_src_node_id"] = node
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class FederatedClientApp(ClientApp):
 
         instruction = messages.config_of(message)
         if message.metadata.message_type == messages.HELLO:
-            mine = int(context.node_config.get("partition-id", -1))
+            mine = _partition_id(context)
             return messages.reply(message, config={messages.CODE: code_digest(), messages.PARTITION: mine})
         if instruction[messages.CODE] != code_digest():
             raise RuntimeError(
@@ -57,7 +57,8 @@ class FederatedClientApp(ClientApp):
                 "install the same version on both"
             )
         experiment = config.from_json(str(instruction[messages.EXPERIMENT]))
-        who = int(instruction.get(messages.PARTITION, context.node_config.get("partition-id", -1)))  # type: ignore[arg-type]
+        told: Any = instruction.get(messages.PARTITION)
+        who = _partition_id(context) if told is None else int(told)
         if not 0 <= who < experiment.clients:
             raise RuntimeError(
                 f"partition-id {who} is not one of the experiment's {experiment.clients} clients; "
@@ -73,7 +74,7 @@ class FederatedClientApp(ClientApp):
             if device := context.node_config.get("device"):
                 text = experiment.replace(f"compute.device={device}").json()
             if budget := context.node_config.get("memory-budget"):
-                text = with_budget(config.from_json(text), float(budget)).json()
+                text = with_budget(config.from_json(text), _megabytes(budget)).json()
             task, app = _client(text, _own_data(path, who, instruction) if path else None)
             _same_backbone(task, str(instruction[messages.FROZEN]))
             packed = payload.LAYOUT in message.content
@@ -81,6 +82,30 @@ class FederatedClientApp(ClientApp):
             if packed and reply.has_content():
                 reply = _flwr.with_content(reply, payload.pack(reply.content, task.half))
             return reply
+
+
+def _partition_id(context: Context) -> int:
+    """The partition id of a node's config, -1 where it has none.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    said = context.node_config.get("partition-id", -1)
+    try:
+        return int(str(said))
+    except ValueError as error:
+        raise UserError(
+            f'--node-config: partition-id is {said!r}, not a whole number such as "partition-id=0"'
+        ) from error
+
+
+def _megabytes(said: object) -> float:
+    try:
+        return float(str(said))
+    except ValueError as error:
+        raise UserError(
+            f'--node-config: memory-budget is {said!r}, not a number of megabytes such as "memory-budget=64"'
+        ) from error
 
 
 def with_budget(experiment: Experiment, megabytes: float) -> Experiment:
@@ -211,6 +236,8 @@ def serve(experiment: Experiment, grid: Grid, run: Run | None, hooks: Sequence[H
             if experiment.baselines:
                 hooks[0].notice(f"baselines ({', '.join(experiment.baselines)}) run under `fedsim run` only")
         run = run or Run.create(experiment)
+        if isinstance(ours, WireGrid):
+            run.made_on_nodes()
         watchers = [FolderHook(run, task.half), *hooks]
         with run.lock():
             try:

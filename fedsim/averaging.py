@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedsim import messages
 from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.gate import admit
 from fedsim.ranges import Count, Fraction, Share
 from fedsim.sums import TreeSum, Weighting
 
@@ -25,12 +26,11 @@ from fedsim.sums import TreeSum, Weighting
 def weighted_metrics(replies: Sequence[Mapping[str, Any]]) -> MetricRecord:
     """Example-weighted mean of every metric that all replies have; `num-examples` is summed.
 
-    Lists are averaged element by element; a metric whose lists differ in length is left out.
+    Lists are averaged element by element; a metric whose lists differ in length is left out. A reply whose
+    metric is not finite is left out of that metric's mean, and counted in `..._unmeasured`; the mean of none
+    is NaN.
     """
     weights = np.array([float(m[messages.EXAMPLES]) for m in replies])
-    total = float(weights.sum())
-    if total == 0:
-        weights, total = np.ones(len(replies)), float(len(replies))
     found: dict[str, Any] = {}
     for key in replies[0]:
         if key == messages.EXAMPLES or key.startswith(messages.ROWS) or not all(key in m for m in replies):
@@ -38,9 +38,21 @@ def weighted_metrics(replies: Sequence[Mapping[str, Any]]) -> MetricRecord:
         if len({np.shape(m[key]) for m in replies}) > 1:
             continue
         stacked = np.array([m[key] for m in replies], dtype=np.float64)
-        found[key] = (np.tensordot(weights, stacked, axes=1) / total).tolist()
+        finite = np.isfinite(stacked.reshape(len(replies), -1)).all(1)
+        found[key] = _mean(stacked[finite], weights[finite]).tolist()
+        if not finite.all():
+            found[key + messages.UNMEASURED] = int((~finite).sum())
     found[messages.EXAMPLES] = round(sum(float(m[messages.EXAMPLES]) for m in replies))
     return MetricRecord(found)
+
+
+def _mean(stacked: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted mean over the first axis, the plain one where nothing weighs anything; NaN of nothing."""
+    if not len(stacked):
+        return np.full(stacked.shape[1:], np.nan)
+    if not weights.any():
+        weights = np.ones(len(stacked))
+    return np.asarray(np.tensordot(weights, stacked, axes=1) / weights.sum())
 
 
 class WeightedAverage(Strategy):
@@ -85,7 +97,7 @@ class WeightedAverage(Strategy):
     def __init_subclass__(cls, **options: Any) -> None:
         """A method that looks at single replies must get them: it loses `reduction` unless it says so."""
         super().__init_subclass__(**options)
-        looks = {"weight", "combine", "aggregate_train"} & set(vars(cls))
+        looks = {"weight", "combine", "aggregate_train", "reply_shapes"} & set(vars(cls))
         if looks and "reduction" not in vars(cls):
             cls.reduction = None
 
@@ -213,7 +225,8 @@ class WeightedAverage(Strategy):
             return
         refused = self.refused
         silent = sorted(set(self._current().cohort) - set(good) - set(refused))
-        raise NotEnoughReplies(_too_few(server_round, len(good), self.min_replies, refused, silent))
+        needed = f"the strategy needs {self.min_replies} (min_replies)"
+        raise shortage(f"round {server_round}: {len(good)} usable replies, {needed}", refused, silent)
 
     def _configure(
         self,
@@ -246,23 +259,17 @@ class WeightedAverage(Strategy):
     def _valid(
         self,
         replies: Iterable[Message],
-        like: Mapping[str, tuple[tuple[int, ...], str]] | None,
+        like: messages.Shapes | None,
         server_round: int,
     ) -> list[tuple[int, Message]]:
+        """Good replies in order of client; those that have not been through the gate go through it here."""
         current = self._current()
-        good: list[tuple[int, Message]] = []
-        refused: dict[int, str] = {}
-        asked = set(current.cohort)
-        for client, message in messages.by_client(replies, current.who):
-            reason = messages.complaint(message, like)
-            if client not in asked:
-                reason = "it was not asked, or it answered twice"
-            asked.discard(client)
-            if reason is None:
-                good.append((client, message))
-            else:
-                refused[client] = reason
-        current.refused = refused
+        refused = getattr(replies, "refused", None)
+        if refused is None:
+            replies = admit(replies, dict.fromkeys(current.cohort, like), current.who)
+            refused = replies.refused
+        current.refused = dict(refused or {})
+        good = messages.by_client(replies, current.who)
         self._require(server_round, [client for client, _ in good])
         return good
 
@@ -306,10 +313,14 @@ def _metrics(message: Message) -> MetricRecord:
     return record
 
 
-def _too_few(
-    server_round: int, good: int, needed: int, refused: Mapping[int, str], silent: Sequence[int]
-) -> str:
-    first = f"round {server_round}: {good} usable replies, the strategy needs {needed} (min_replies)"
+def shortage(first: str, refused: Mapping[int, str], silent: Sequence[int]) -> NotEnoughReplies:
+    """What ends a run that has too few replies.
+
+    Args:
+        first: what is missing.
+        refused: clients whose replies cannot be used, and why.
+        silent: clients that did not answer.
+    """
     if any("NaN" in reason for reason in refused.values()):
         first += "; training diverges: lower client.lr or set client.clip"
     lines = [first]
@@ -318,4 +329,4 @@ def _too_few(
         lines.append(f"  and {len(refused) - 5} more")
     if silent:
         lines.append(f"  no answer from clients {silent[:10]}")
-    return "\n".join(lines)
+    return NotEnoughReplies("\n".join(lines))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim import assets_cli, forget_cli, sweep_cli
+from fedsim import assets_cli, forget_cli, json_text, sweep_cli
 from fedsim.cli_options import Command, Commands, Debug, File, Json, RunFolder, Runs, Set, Verbose
 from fedsim.errors import UserError
 from fedsim.files import place_for, place_for_picture
@@ -352,7 +352,7 @@ def _close(
     session.console.print()
     session.facts({"run folder": str(finished.folder), "next": next_command})
     if as_json:
-        print(json.dumps(summary))
+        print(json_text.dump(summary))
 
 
 def _run_app(session: Session, folder: Path, clients: int | None, overrides: list[str]) -> int:

@@ -13,6 +13,7 @@ from fedsim.terminal import (
     attacks_of,
     chance_of,
     curve,
+    extent,
     grid,
     human_bytes,
     human_seconds,
@@ -141,8 +142,7 @@ def _attacks(labels: Sequence[str], summaries: Sequence[Mapping[str, Any]], keys
 def _curves(labels: Sequence[str], runs: Sequence[Run]) -> Table:
     """Accuracy against rounds, all on one scale."""
     curves = [curve(run.history()) for run in runs]
-    values = [value for one in curves for value in one]
-    span = (min(values), max(values)) if values else (0.0, 1.0)
+    span = extent(value for one in curves for value in one)
     table = grid()
     table.add_column(overflow="ellipsis", no_wrap=True, max_width=20)
     table.add_column(style="cyan", no_wrap=True)

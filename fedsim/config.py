@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim import registry, settings
+from fedsim import json_text, registry, settings
 from fedsim.errors import UserError, nearest
 from fedsim.files import text_of
 from fedsim.overrides import applied, dotted, key_of, once
@@ -238,9 +238,15 @@ def from_json(text: str) -> Experiment:
 
 @cache
 def _from_json(text: str) -> Experiment:
-    given = json.loads(text)
-    folders = tuple(given.pop("folders", ()))
-    return from_tables(given, source="the server's experiment", folders=folders)
+    source = "the server's experiment"
+    try:
+        given = json_text.received(text, source)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    folders = given.pop("folders", []) if isinstance(given, dict) else None
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"{source} is no table with a list of folders")
+    return from_tables(given, source=source, folders=folders)
 
 
 def from_tables(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,12 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
 
     experiment, run = loop.experiment, loop.run
     best = run.folder / "checkpoints" / "best.safetensors"
-    if experiment.settings["evaluation"]["patience"] and best.is_file():
-        progress.arrays = load(best)["arrays"]
-        progress.last = loop.server_metrics(progress)
+    if experiment.settings["evaluation"]["patience"]:
+        if best.is_file():
+            progress.arrays = load(best)["arrays"]
+            progress.last = loop.server_metrics(progress)
+        else:
+            loop.notice("no round has a finite validation loss: the result is the last state, not the best")
     values = messages.views_of(progress.arrays)
     write_atomic(run.folder / "state.safetensors", save({k: v.copy() for k, v in values.items()}))
     summary = {
@@ -87,6 +91,7 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
         **getattr(loop.strategy, "findings", {}),
         **_named_classes(loop.task),
         **_costs_of_steps(run),
+        **_not_finite(run),
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "seconds": round(progress.seconds, 3),
@@ -139,6 +144,13 @@ def _named_classes(task: Task) -> dict[str, Any]:
     return found
 
 
+def _not_finite(run: Run) -> dict[str, int]:
+    """How many figures of rounds are NaN or infinite, where there are any."""
+    values = [value for row in run.history() for value in row.values() if isinstance(value, float)]
+    count = sum(not math.isfinite(value) for value in values)
+    return {"not_finite": count} if count else {}
+
+
 def _start_note(loop: Loop) -> dict[str, str]:
     """What the start accuracy owes to labels, where a reader could be misled."""
     schooling = loop.task.model.schooling
@@ -171,6 +183,8 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
     Raises:
         UserError: the experiment cannot work as it is.
     """
+    from fedsim.messages import UNMEASURED
+
     inner = {name: baseline(experiment, name) for name in experiment.baselines}  # mistakes come first
     if not run.finished:
         _simulate(experiment, run, hooks)
@@ -180,7 +194,10 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
         if key not in summary:
             folder = run.folder / "baselines" / name
             side = Run.open(folder) if folder.exists() else Run.create(other, folder.parent)
-            summary[key] = run_experiment(other, side, hooks).summary["accuracy"]
+            found = run_experiment(other, side, hooks).summary
+            summary[key] = found["accuracy"]
+            if (left_out := found.get(f"accuracy{UNMEASURED}")) is not None:
+                summary[f"{key}{UNMEASURED}"] = left_out
             run.write_summary(summary)
     return Result(summary, run)
 
@@ -233,4 +250,5 @@ def resume(folder: Path, hooks: Sequence[Hook] = ()) -> Result:
         f"accuracy_{name.replace('-', '_')}" not in run.summary() for name in experiment.baselines
     ):
         return Result(run.summary(), run)
+    run.require_own_data("resume")
     return run_experiment(experiment, run, hooks)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fedsim import json_text
 from fedsim.cli_options import Debug, Verbose
 from fedsim.errors import UserError
 from fedsim.session import Session
@@ -106,7 +107,7 @@ def forget(
         session.console.print()
         session.facts({"folder": str(plan.folder), "report": str(files[0])})
         if as_json:
-            print(json.dumps(result))
+            print(json_text.dump(result))
 
 
 def _erase(
@@ -135,4 +136,4 @@ def _erase(
     session.console.print()
     session.facts({"folder": str(run.folder)})
     if as_json:
-        print(json.dumps(summary))
+        print(json_text.dump(summary))

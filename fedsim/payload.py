@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,11 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsim import json_text
 from fedsim.errors import UserError, nearest
 from fedsim.messages import arrays_of, views_of
 
 LAYOUT = "layout"  #: key of the packed form's description in a content's config record
-_LAYOUT_LIMIT = 64 * 2**20
 _FLAT = "flat."  #: packed arrays are named flat.<dtype>
 
 
@@ -293,10 +294,9 @@ def unpack(content: RecordDict) -> RecordDict:
     raw = layout[LAYOUT]
     if not isinstance(raw, bytes):
         raise ValueError("the layout of a packed message must be bytes")
-    text = zlib.decompressobj()
-    layouts = json.loads(text.decompress(raw, _LAYOUT_LIMIT))
-    if text.unconsumed_tail:
-        raise ValueError(f"its layout is larger than {_LAYOUT_LIMIT} bytes")
+    layouts = json_text.received(zlib.decompressobj().decompress(raw, json_text.SIZE + 1), "the layout")
+    if not isinstance(layouts, dict):
+        raise ValueError("the layout is no table")
     plain = RecordDict()
     for key, record in content.items():
         if key == LAYOUT:
@@ -304,16 +304,33 @@ def unpack(content: RecordDict) -> RecordDict:
         if not isinstance(record, ArrayRecord):
             plain[key] = record
             continue
-        flat = views_of(record)
-        at = dict.fromkeys(flat, 0)
-        values: dict[str, NDArray[Any]] = {}
-        for name, kind, shape in layouts[key]:
-            source = _FLAT + kind
-            size = int(np.prod(shape, dtype=np.int64))
-            part = flat[source][at[source] : at[source] + size]
-            at[source] += size
-            if kind == "bfloat16":
-                part = (part.astype(np.uint32) << 16).view(np.float32)
-            values[name] = part.reshape(shape)
-        plain[key] = arrays_of(values)
+        plain[key] = arrays_of(_unflattened(views_of(record), layouts.get(key)))
     return plain
+
+
+def _unflattened(flat: Mapping[str, NDArray[Any]], rows: object) -> dict[str, NDArray[Any]]:
+    """Arrays by name, cut out of the flat ones.
+
+    Args:
+        flat: by the name of their kind.
+        rows: [name, kind, shape] of each array, in order; from outside.
+
+    Raises:
+        ValueError: rows and flat arrays do not fit.
+    """
+    at = dict.fromkeys(flat, 0)
+    values: dict[str, NDArray[Any]] = {}
+    for row in rows if isinstance(rows, list) else [None]:
+        match row:
+            case [str(name), str(kind), [*shape]] if all(type(n) is int and n >= 0 for n in shape):
+                source, size = _FLAT + kind, math.prod(shape)
+            case _:
+                raise ValueError(f"the layout has {str(row)[:80]} where a name, a kind and a shape should be")
+        if source not in flat or flat[source].ndim != 1 or at[source] + size > len(flat[source]):
+            raise ValueError(f"'{name}' is {kind}{shape}, but there are not that many values of this kind")
+        part = flat[source][at[source] : at[source] + size]
+        at[source] += size
+        if kind == "bfloat16":
+            part = (part.astype(np.uint32) << 16).view(np.float32)
+        values[name] = part.reshape(shape)
+    return values

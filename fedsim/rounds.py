@@ -11,6 +11,8 @@ may have
     done() -> bool             ends the run by itself
     alone                      true in a round that asks no client: the server changes the state by itself
     refused                    client -> reason, after aggregate_train
+    reply_shapes(message)      what arrays a reply to this train message must have, name -> (shape, dtype), or
+                               None for any; without it: those of the message
     findings                   name -> number, what it found out: goes into the summary
     counts_rounds              true where a round depends on how many there are in all: none can be added
 """
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from fedsim import messages, payload
@@ -36,8 +38,9 @@ from fedsim.data import pixels
 from fedsim.data.attributes import to_json
 from fedsim.engine.grid import BaseGrid
 from fedsim.errors import NotEnoughReplies, UserError
-from fedsim.evaluation import over_clients, server_metrics
+from fedsim.evaluation import NO_TESTS, over_clients, server_metrics
 from fedsim.hooks import Hook, Round
+from fedsim.intake import Intake, averaged_by_flower
 from fedsim.messages import Replies
 from fedsim.runs import Run
 from fedsim.strategy_state import require_clients, restore, state_of
@@ -96,12 +99,13 @@ class Loop:
         if task.data.forgotten is not None:
             idle = frozenset(np.flatnonzero(task.data.partition.sizes() == 0).tolist())
             self.who = grid.roster = replace(grid.roster, absent=idle)
-        if task.local is not None and task.local.differs and _averaged_by_flower(strategy):
+        if task.local is not None and task.local.differs and averaged_by_flower(strategy):
             raise UserError(
                 f"Flower's {type(strategy).__name__} averages replies that all have the same entries, but "
                 "with these [local] budgets clients share different auxiliary networks: set "
                 'auxiliary = "personal", or [strategy] name = "fedavg"'
             )
+        self.intake = Intake(strategy, self.who, self.notice)
         self.resumable = True
         self.diverged = False
         self.recording = task.experiment.settings["checkpoints"]["record_updates"]
@@ -159,24 +163,25 @@ class Loop:
             raise UserError(
                 f"round {number}: the strategy asks no client to train; check its fraction of clients"
             )
-        replies = self._exchange("train", number, out, progress)
-        failed = {self._who(m): m.error.reason or "" for m in replies if m.has_error()}
-        if out and len(failed) == replies.answered:
+        received = self._exchange("train", number, out, progress)
+        failed = {self._who(m): m.error.reason or "" for m in received if m.has_error()}
+        if out and len(failed) == received.answered:
             reason = next(iter(failed.values()), None) or "no reply arrived in time"
             said = f"round {number}: no client could train; the first says: {_first_line(reason)}"
             raise NotEnoughReplies(said) from RuntimeError(reason)  # --debug shows the client's traceback
+        replies = self.intake.admitted(number, out, received)
         if self.recording and out:
             self.run.save_updates(number, out[0].content, messages.by_client(replies, self.who))
-        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        arrays, metrics = self.intake.trained(number, replies)
         if arrays is not None:
             progress.arrays = payload.conform(arrays, self.task.selection.shared)
-        refused = dict(getattr(self.strategy, "refused", failed))
-        for client, reason in refused.items():
+        refused = {**failed, **(replies.refused or {}), **getattr(self.strategy, "refused", {})}
+        for client, reason in sorted(refused.items()):
             self._tell("notice", f"round {number}: reply of client {client} not used: {_first_line(reason)}")
-        record = Round(number, clients=replies.answered - len(refused), refused=len(refused))
+        record = Round(number, clients=received.answered - len(refused), refused=len(refused))
         for key, value in (metrics or {}).items():
-            if key == "loss":
-                record.train_loss = float(value)  # type: ignore[arg-type]
+            if key == "loss" and not isinstance(value, list):
+                record.train_loss = float(value)
             elif key not in (messages.EXAMPLES, messages.SECONDS, messages.SAMPLES):
                 record.extra[f"train_{key}"] = value
         return record
@@ -219,7 +224,13 @@ class Loop:
     def server_metrics(self, progress: Progress) -> dict[str, float]:
         """The shared state on the test set, on every client's local part of it, on the validation split."""
         self.task.load(progress.arrays)
-        return server_metrics(self.task)
+        found = server_metrics(self.task)
+        if any(key.endswith(messages.UNMEASURED) for key in found):
+            data = self.task.data
+            count = {c: len(data.local_test(c)) for c in range(self.experiment.clients)}
+            untested: dict[int, dict[str, Any]] = {c: {} for c, tests in count.items() if not tests}
+            self.intake.name_left_out(progress.server_round, untested, lambda row: [NO_TESTS])
+        return found
 
     def _client_metrics(self, progress: Progress, number: int) -> dict[str, float]:
         config = self._config(number)
@@ -230,17 +241,11 @@ class Loop:
                 "clients are to evaluate but the strategy asks none; set strategy.fraction_evaluate above 0 "
                 'or evaluation.where = "server"'
             )
-        replies = messages.by_client(self._exchange("evaluate", number, out, progress), self.who)
+        replies = self.intake.admitted(number, out, self._exchange("evaluate", number, out, progress))
+        for client, reason in (replies.refused or {}).items():
+            self._tell("notice", f"round {number}: client {client} not evaluated: {_first_line(reason)}")
         # every client counts once: the field reports the mean over clients, in a fixed order
-        self.strategy.aggregate_evaluate(number, [message for _, message in replies])
-        rows: list[MetricRecord] = []
-        for client, message in replies:
-            reason = messages.complaint(message, None)
-            if reason is None:
-                rows.append(message.content.metric_records[messages.METRICS])
-            else:
-                self._tell("notice", f"round {number}: client {client} not evaluated: {_first_line(reason)}")
-        found = over_clients(rows)
+        found = over_clients(self.intake.evaluated(number, replies))
         for key in ("accuracy", "loss"):
             if key not in found:
                 raise NotEnoughReplies(f"round {number}: no client reported its {key}")
@@ -303,6 +308,10 @@ class Loop:
     def _done(self) -> bool:
         done = getattr(self.strategy, "done", None)
         return bool(done()) if done is not None else False
+
+    def notice(self, text: str) -> None:
+        """Tell the hooks something that the user should know."""
+        self._tell("notice", text)
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for hook in self.hooks:
@@ -396,10 +405,6 @@ def lr_scale(schedule: dict[str, Any] | Any, server_round: int, rounds: int) -> 
     if kind == "step":
         return float(schedule["step_factor"] ** ((server_round - 1 - warmup) // schedule["step_every"]))
     return 1.0
-
-
-def _averaged_by_flower(strategy: Strategy) -> bool:
-    return type(strategy).aggregate_train.__module__.startswith("flwr.")
 
 
 def _first_line(text: str) -> str:

@@ -2,7 +2,7 @@
 
 runs/quickstart/
     experiment.toml     the complete experiment, all defaults filled in
-    origin.json         where it was started: modules and relative paths are looked up there
+    origin.json         where it was started: modules and relative paths are looked up there; whether on nodes
     metrics.jsonl       one line a round
     clients.jsonl       one line per client and round
     checkpoints/        round-00007.safetensors ..., best.safetensors
@@ -11,6 +11,8 @@ runs/quickstart/
     updates/            start.safetensors, round-00001.safetensors ... (checkpoints.record_updates)
     state.safetensors   the final shared state   } of a finished run
     summary.json        the closing object       }
+
+Numbers that are not finite are "NaN", "Infinity" and "-Infinity" in all JSON (`fedsim/json_text.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fedsim import config, messages
+from fedsim import config, json_text, messages
 from fedsim.checkpoints import load, save
 from fedsim.config import Experiment
 from fedsim.errors import UserError
@@ -144,8 +146,33 @@ class Run:
     def experiment(self) -> Experiment:
         """The experiment that this folder records (its modules and data are looked up where they were)."""
         path = self.folder / "experiment.toml"
-        folders = _read_json(self.folder / "origin.json").get("folders", [])
+        folders = self._origin().get("folders", [])
         return config.from_tables(config.read(path), source=str(path), folders=folders)
+
+    @property
+    def on_nodes(self) -> bool:
+        """Whether clients were nodes, whose data this machine need not have."""
+        return bool(self._origin().get("nodes", False))
+
+    def made_on_nodes(self) -> None:
+        """Record that clients are nodes."""
+        text = json.dumps({**self._origin(), "nodes": True})
+        write_atomic(self.folder / "origin.json", text.encode())
+
+    def require_own_data(self, command: str) -> None:
+        """Refuse what would train on this machine's data instead of that of the nodes.
+
+        Raises:
+            UserError: clients were nodes.
+        """
+        if self.on_nodes:
+            raise UserError(
+                f"{self.folder} was made on nodes, which have the clients' data; fedsim {command} would "
+                "train on the data of this machine instead: start a new run on the nodes (flwr run)"
+            )
+
+    def _origin(self) -> dict[str, Any]:
+        return read_json(self.folder / "origin.json")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -176,11 +203,11 @@ class Run:
         """
         if not self.finished:
             raise UserError(f"{self.folder} is not finished; fedsim resume {self.folder}")
-        return _read_json(self.folder / "summary.json")
+        return _measured(read_json(self.folder / "summary.json"))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        write_atomic(self.folder / "summary.json", (json.dumps(_finite(summary), indent=2) + "\n").encode())
+        write_atomic(self.folder / "summary.json", (json_text.dump(summary, indent=2) + "\n").encode())
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -247,7 +274,7 @@ class Run:
         for name in ("metrics.jsonl", "clients.jsonl"):
             path = self.folder / name
             rows = [row for row in _read_lines(path) if row["round"] <= last_round]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_atomic(path, "".join(map(_line, rows)).encode())
 
 
 def _names(base: Path) -> Iterator[Path]:
@@ -258,9 +285,14 @@ def _names(base: Path) -> Iterator[Path]:
         number += 1
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found: dict[str, Any] = json_text.load(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); delete it and resume, or start a new run") from error
     return found
@@ -272,10 +304,15 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(_measured(json_text.load(line)))
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """Runs of earlier versions have null for NaN."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 class FolderHook(Hook):
@@ -339,13 +376,4 @@ def _append(path: Path, lines: Iterable[str]) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row)) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_text.dump(row) + "\n"

@@ -6,6 +6,7 @@ sample is then scored twice, among all classes and among those of its own kind, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,15 +46,17 @@ class Scores:
         return Scores(*(getattr(self, name)[chosen] for name in self.__annotations__))
 
     def means(self, *, among_own: bool = False) -> dict[str, float]:
-        """`num-examples`, mean `loss` and `accuracy`; zeros where there are no rows.
+        """`num-examples`, mean `loss` and `accuracy`; NaN where there are no rows to measure.
 
         Args:
             among_own: count the scores among the classes of the label's kind.
         """
         loss, hit = (self.own_loss, self.own_hit) if among_own else (self.loss, self.hit)
-        count = max(len(loss), 1)
+        count = len(loss)
+        if not count:
+            return {"num-examples": 0, "loss": math.nan, "accuracy": math.nan}
         return {
-            "num-examples": len(loss),
+            "num-examples": count,
             "loss": loss.double().sum().item() / count,
             "accuracy": hit.sum().item() / count,
         }

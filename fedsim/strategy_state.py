@@ -47,6 +47,12 @@ def restore(strategy: Strategy, state: Mapping[str, Any]) -> None:
             setattr(strategy, name, value)
 
 
+def innermost(strategy: Strategy) -> Strategy:
+    """The strategy that sums replies up: one that wraps another (differential privacy) hands them on."""
+    inner = next((value for value in vars(strategy).values() if isinstance(value, Strategy)), None)
+    return strategy if inner is None else innermost(inner)
+
+
 def constructor_arguments(kind: type) -> set[str]:
     """Names of all constructor parameters along the class's ancestry."""
     return {

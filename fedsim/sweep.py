@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from fedsim import config
+from fedsim import config, json_text
 from fedsim.compare import differing
 from fedsim.config import Experiment
 from fedsim.data import needs
@@ -318,7 +318,7 @@ class Sweep:
         return None if missing else _result(cell, run, summary)
 
     def _write(self, results: Sequence[Result]) -> None:
-        write_atomic(self.folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        write_atomic(self.folder / "results.json", (json_text.dump(results, indent=2) + "\n").encode())
         write_atomic(self.folder / "table.md", table_of(results).encode())
 
     def _claim(self, document: dict[str, Any]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsim import json_text
 from fedsim.cli_options import Debug, Json, Runs, Set, Verbose
 from fedsim.session import Session
 
@@ -53,7 +53,7 @@ def sweep(
         results = _run_cells(session, found, jobs=jobs, debug=debug, only=wanted)
         _show_sweep(session, found, results)
         if as_json:
-            print(json.dumps({"sweep": str(found.folder), "results": results}))
+            print(json_text.dump({"sweep": str(found.folder), "results": results}))
         if any("error" in result for result in results):
             raise typer.Exit(1)
 

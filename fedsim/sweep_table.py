@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from fedsim.terminal import baselines_of, human_bytes, human_seconds, is_attack
+from fedsim.terminal import baselines_of, human_bytes, human_seconds, is_attack, spread
 
 Result = dict[str, Any]
 
@@ -23,6 +23,8 @@ _OTHER_ACCURACIES = {
     "new_accuracy_start": "new start",
     "harmonic_accuracy": "harmonic",
 }
+#: clients that an accuracy leaves out -> column
+_UNMEASURED = {"accuracy_unmeasured": "unmeasured", "local_accuracy_unmeasured": "local unmeasured"}
 
 
 def plain(value: Any) -> str:
@@ -33,7 +35,8 @@ def plain(value: Any) -> str:
 def rows_of(results: Sequence[Result]) -> list[dict[str, str]]:
     """One row per combination of all keys but `seed` and `baselines`: column -> text.
 
-    Numbers are mean ± sample standard deviation over the cells of a row (the mean alone for one cell).
+    Numbers are mean ± sample standard deviation over the cells of a row (the mean alone for one cell); cells
+    whose number is not finite are left out and counted.
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -47,18 +50,21 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
     row = {key: plain(value) for key, value in keys.items()}
     failed = len(group) - len(good)
     row["n"] = f"{len(good)} ({failed} failed)" if failed else str(len(good))
-    row["accuracy"] = _spread([s["accuracy"] for s in good])
+    row["accuracy"] = spread([s["accuracy"] for s in good])
     held = [s["validation_accuracy"] for s in good if "validation_accuracy" in s]
     if held:
-        row["validation"] = _spread(held)
-    row["start"] = _spread([s["accuracy_start"] for s in good])
+        row["validation"] = spread(held)
+    row["start"] = spread([s["accuracy_start"] for s in good])
     for key in dict.fromkeys(key for s in good for key in s if _is_of_attribute(key)):
-        row[key.replace("_", " ")] = _spread([s[key] for s in good if key in s])
+        row[key.replace("_", " ")] = spread([s[key] for s in good if key in s])
     for key, name in _OTHER_ACCURACIES.items():
         if any(key in s for s in good):
-            row[name] = _spread([s[key] for s in good if key in s])
+            row[name] = spread([s[key] for s in good if key in s])
+    for key, name in _UNMEASURED.items():
+        if any(key in s for s in good):
+            row[name] = spread((s.get(key, 0) for s in good), "{:g}", "{:.1f}")
     for name in dict.fromkeys(name for s in good for name in baselines_of(s)):
-        row[name] = _spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
+        row[name] = spread([baselines_of(s)[name] for s in good if name in baselines_of(s)])
     measured = [s for s in good if "peak_bytes" in s]
     if measured:
         row["peak"] = human_bytes(mean(s["peak_bytes"] for s in measured))
@@ -71,13 +77,6 @@ def _row(keys: Mapping[str, Any], group: Sequence[Result]) -> dict[str, str]:
 def _is_of_attribute(key: str) -> bool:
     """Whether a key of a summary says how well attackers read an attribute, or how groups are treated."""
     return is_attack(key) or key.startswith(("parity_gap_", "odds_gap_"))
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    text = f"{mean(values):.3f}"
-    return f"{text} ± {stdev(values):.3f}" if len(values) > 1 else text
 
 
 def columns_of(rows: Sequence[Mapping[str, str]]) -> list[str]:

@@ -284,4 +284,4 @@ class Task:
             return self.evaluate_test(self.data.local_test(client))
         scores = self.test_scores()
         local = self.evaluate_local(scores, client)
-        return {**self.measure(scores), **{f"local_{key}": local[key] for key in ("accuracy", "loss")}}
+        return {**self.measure(scores), **{f"local_{key}": value for key, value in local.items()}}

@@ -3,7 +3,9 @@
 * every node is asked once who it is (`query.hello`): its partition id and its code; nodes without a
   partition id get the lowest free one, and the map is sent with every later message;
 * arrays travel packed, one flat array per dtype;
-* replies are fetched as they arrive, so the display is live here, too.
+* replies are fetched as they arrive, so the display is live here, too;
+* a reply is that of the node that was asked: what Flower says in the place of a node that failed or is gone
+  has the SuperLink as its source.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim import _flwr, messages, payload
 from fedsim.engine.grid import DEFAULT_TIMEOUT
 from fedsim.errors import UserError
 from fedsim.version import code_digest
+
+_UNSENT = "unsent-"  #: how ids of messages begin that Flower did not take
 
 #: seconds between two looks for replies
 POLL = 0.25
@@ -74,6 +79,11 @@ class WireGrid(_flwr.BareGrid):
         self.half = half
         self.on_reply: Callable[[Message], None] | None = None
         self.roster = NodeMap({})
+        #: message id -> node, of what was sent and is not answered
+        self._asked: dict[str, int] = {}
+        self._numbers = count(1)
+        #: by message id: error replies to what Flower did not take
+        self._unsent: dict[str, Message] = {}
         self.roster = NodeMap(self._hello(clients))
 
     def set_run(self, run: _flwr.Run) -> None:
@@ -90,12 +100,26 @@ class WireGrid(_flwr.BareGrid):
         return [self.roster.node(client) for client in self.roster.clients()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pack and push."""
-        return self.inner.push_messages(self._outgoing(messages))
+        """Pack and push; for a message that Flower does not take, an error reply waits to be pulled."""
+        ready = self._outgoing(messages)
+        taken = list(self.inner.push_messages(ready))
+        if len(taken) != len(ready):  # it leaves out those that it did not take; their ids it set itself
+            there = set(taken)
+            taken = [m.metadata.message_id if m.metadata.message_id in there else "" for m in ready]
+        ids = []
+        for message, given in zip(ready, taken, strict=True):
+            message_id = given or self._not_taken(message)
+            self._asked[message_id] = message.metadata.dst_node_id
+            ids.append(message_id)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull and unpack."""
-        return [_unpacked(message) for message in self.inner.pull_messages(message_ids)]
+        wanted = list(message_ids)
+        replies = [self._unsent.pop(i) for i in wanted if i in self._unsent]
+        if sent := [i for i in wanted if not i.startswith(_UNSENT)]:
+            replies += map(_unpacked, self.inner.pull_messages(sent))
+        return [self._of_its_node(reply) for reply in replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -130,6 +154,21 @@ class WireGrid(_flwr.BareGrid):
             ready.append(_flwr.with_content(message, own))
         return ready
 
+    def _not_taken(self, message: Message) -> str:
+        """Keep an error reply to a message that Flower did not take; its id."""
+        message_id = f"{_UNSENT}{next(self._numbers)}"
+        _flwr.set_message_id(message, message_id)
+        node = message.metadata.dst_node_id
+        reason = f"node {node} is gone, or the message was too large: Flower did not take it"
+        self._unsent[message_id] = Message(Error(_flwr.ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
+        return message_id
+
+    def _of_its_node(self, reply: Message) -> Message:
+        node = self._asked.pop(reply.metadata.reply_to_message_id, None)
+        if node is not None:
+            _flwr.set_source(reply, node)
+        return reply
+
     # ------------------------------------------------------------------------------- hello
 
     def _hello(self, clients: int) -> dict[int, int]:
@@ -145,16 +184,7 @@ class WireGrid(_flwr.BareGrid):
         claimed: dict[int, int] = {}
         nameless: list[int] = []
         for reply in self.send_and_receive(asked, timeout=node_wait()):
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                raise UserError(f"node {node} did not answer hello: {reply.error.reason}")
-            said = messages.config_of(reply)
-            if said[messages.CODE] != code_digest():
-                raise UserError(
-                    f"node {node} runs fedsim {said[messages.CODE]!s}, the server {code_digest()}; "
-                    "install the same version on both"
-                )
-            who = int(said[messages.PARTITION])  # type: ignore[arg-type]
+            node, who = reply.metadata.src_node_id, _partition_of(reply)
             if who < 0:
                 nameless.append(node)
             elif who in claimed:
@@ -183,6 +213,32 @@ class WireGrid(_flwr.BareGrid):
                 f"real nodes: start {clients} SuperNodes or override partition.clients={len(nodes)}"
             )
         return nodes
+
+
+def _partition_of(reply: Message) -> int:
+    """What a node says to hello: its partition id, -1 where it has none.
+
+    Raises:
+        UserError: it failed, or is no node of ours.
+    """
+    node = reply.metadata.src_node_id
+    if reply.has_error():
+        raise UserError(f"node {node} did not answer hello: {reply.error.reason}")
+    config = reply.content.get(messages.CONFIG)
+    said = config if isinstance(config, ConfigRecord) else {}
+    code, who = said.get(messages.CODE), said.get(messages.PARTITION)
+    if not isinstance(code, str):
+        raise UserError(f"node {node} runs another client app; install fedsim {code_digest()} on it")
+    if code != code_digest():
+        raise UserError(
+            f"node {node} runs fedsim {code}, the server {code_digest()}; install the same version on both"
+        )
+    if isinstance(who, bool) or not isinstance(who, int):
+        raise UserError(
+            f"node {node} says partition-id {who!r}, which is no whole number; start it with "
+            '--node-config "partition-id=0"'
+        )
+    return who
 
 
 def _unpacked(message: Message) -> Message:

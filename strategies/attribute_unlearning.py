@@ -249,7 +249,7 @@ class AttributeUnlearning(WeightedAverage):
         """Sums of the replies' arrays, plain and weighted by samples (None: nobody has any)."""
         position = {client: i for i, client in enumerate(self._current().cohort)}
         plain, weighted = TreeSum(), TreeSum()
-        for client, message in self._valid(replies, like, server_round):
+        for client, message in self._counted(self._valid(replies, like, server_round), server_round):
             values = messages.views_of(message.content.array_records[messages.ARRAYS])
             plain.add(WeightedSum.of(values, 1.0), position[client])
             weight = self.weight(client, message.content.metric_records[messages.METRICS])
@@ -257,6 +257,20 @@ class AttributeUnlearning(WeightedAverage):
         total = plain.total()
         assert total is not None  # `_valid` refuses a round without replies
         return total.arrays, weighted.total()
+
+    def _counted(
+        self, replies: Iterable[tuple[int, Message]], server_round: int
+    ) -> list[tuple[int, Message]]:
+        """Replies whose counts are none below 0; the others are refused."""
+        good = []
+        for client, message in replies:
+            values = messages.views_of(message.content.array_records[messages.ARRAYS])
+            if any((v < 0).any() for k, v in values.items() if k.rpartition("/")[2] in ("count", "counts")):
+                self._current().refused[client] = "its counts are negative"
+            else:
+                good.append((client, message))
+        self._require(server_round, [client for client, _ in good])
+        return good
 
     def _model(self) -> Detachable:
         if self._task is None or not isinstance(self._task.model, Detachable):

@@ -218,11 +218,11 @@ class Unlearn(Strategy):
         scene = self._place()
         assert self._who is not None
         scene.masks = self._masks()
-        found = messages.by_client(replies, self._who)
-        silent = sorted(self._asked - {client for client, _ in found})
+        found = {client: m for client, m in messages.by_client(replies, self._who) if client in self._asked}
+        silent = sorted(self._asked - found.keys())
         if silent:
             raise NotEnoughReplies(f"the edit needs every client that it asks; no answer from {silent[:10]}")
-        state, notes = self._edit.apply(self.step, scene, tensors(self._sent), found)
+        state, notes = self._edit.apply(self.step, scene, tensors(self._sent), list(found.items()))
         self.pruned = {name: mask.numpy() for name, mask in scene.masks.items()}
         self.step += 1
         self._refused = {}

@@ -265,9 +265,11 @@ def _total(replies: Sequence[tuple[int, Message]], like: Shapes) -> dict[str, np
     tree = TreeSum()
     for position, (client, message) in enumerate(replies):
         reason = messages.complaint(message, like)
+        values = {} if reason else messages.views_of(message.content.array_records[messages.ARRAYS])
+        if reason is None and (values["counts"] < 0).any():
+            reason = "'counts' are negative"
         if reason is not None:
             raise NotEnoughReplies(f"statistics of client {client} cannot be used: {reason.splitlines()[0]}")
-        values = messages.views_of(message.content.array_records[messages.ARRAYS])
         tree.add(WeightedSum.of({k: v.astype(np.float64) for k, v in values.items()}, 1.0), position)
     total = tree.total()
     if total is None:

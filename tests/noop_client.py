@@ -34,3 +34,22 @@ def odd(task: Task, /) -> ClientApp:
         return messages.reply(message, task.initial_payload(), metrics)
 
     return app
+
+
+def says(task: Task, /, *, client: int, key: str = "loss", value: float = float("nan")) -> ClientApp:
+    """Clients that change nothing, one of which says something of its own of the model.
+
+    Args:
+        client: which one.
+        key: metric of its evaluations and of its training.
+        value: of the metric.
+    """
+    app = make(task)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        who = int(context.node_config["partition-id"])
+        metrics = {messages.EXAMPLES: 10, "accuracy": 0.5 + who / 10, "loss": 1.0 + who}
+        return messages.reply(message, None, {**metrics, key: value} if who == client else metrics)
+
+    return app

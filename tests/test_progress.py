@@ -55,7 +55,9 @@ def test_sparkline() -> None:
     assert sparkline(list(range(800)), width=8) == "▁▂▃▄▅▆▇█"
     assert sparkline([0.5], span=(0, 1)) == "▅"
     assert len(sparkline(list(range(10)), width=7)) == 7
-    assert sparkline([float("nan"), 1.0]) == "▁▁"
+    assert sparkline([float("nan"), 1.0, 2.0, float("inf")]) == "×▁█×"
+    assert sparkline([float("nan"), 1.0, 1.0], width=2) == "×▁"
+    assert sparkline([float("-inf"), 0.5], span=(0, 1)) == "×▅"
 
 
 def test_a_round_is_one_line_of_80_columns() -> None:

@@ -91,6 +91,15 @@ def test_killed_in_the_middle_of_a_round(tmp_path: Path) -> None:
     assert result.summary["digest"] == whole.summary["digest"]
 
 
+def strict_rows(path: Path) -> list[dict[str, object]]:
+    """JSON lines as a reader takes them that knows nothing of ours."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
 class Notices(Hook):
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -350,9 +359,12 @@ def test_personal_states_have_a_digest_of_their_own(tmp_path: Path) -> None:
 
 def test_odd_client_metrics_break_nothing(tmp_path: Path) -> None:
     result = run(tiny("rounds=1", client={"name": "tests.noop_client:odd"}), tmp_path)
-    text = (tmp_path / "tiny" / "clients.jsonl").read_text()
-    assert "NaN" not in text + (tmp_path / "tiny" / "metrics.jsonl").read_text()
-    assert {json.loads(line)["round"] for line in text.splitlines()} == {1}
+    rows = strict_rows(tmp_path / "tiny" / "clients.jsonl") + strict_rows(tmp_path / "tiny" / "metrics.jsonl")
+    assert [row["loss"] for row in rows[:4]] == ["NaN"] * 4  # a word: JSON has no such number
+    assert {row["round"] for row in rows[:4]} == {1}
+    assert np.isnan(result.history["train_loss"][1])
+    assert result.history["train_loss_unmeasured"][1] == 4
+    assert result.summary["not_finite"] == 1
     assert "train_lengths" not in result.history.columns
 
 

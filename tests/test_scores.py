@@ -19,8 +19,9 @@ from fedsim.evaluation import over_clients
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.cnn import cnn
 from fedsim.scores import Scores, scores_of
-from fedsim.terminal import closing_table
+from fedsim.terminal import baselines_of, closing_table
 from tests.helpers import run, tiny
+from tests.test_rounds import Notices
 
 CLIP: dict[str, Any] = {"model": {"name": "tiny-clip"}, "data": {"name": "digits", "rotate": 25.0}}
 SKEWED = {"partition": {"name": "dirichlet", "clients": 4, "alpha": 0.3}}
@@ -52,7 +53,9 @@ def test_parts_of_scores() -> None:
     assert whole.means()["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
     expected = functional.cross_entropy(logits[rows], labels[rows]).item()
     assert whole.at(rows).means()["loss"] == pytest.approx(expected)
-    assert Scores.joined([]).means() == {"num-examples": 0, "loss": 0.0, "accuracy": 0.0}
+    nothing = Scores.joined([]).means()
+    assert nothing["num-examples"] == 0
+    assert np.isnan([nothing["loss"], nothing["accuracy"]]).all()  # nothing measured is not 0 %
 
 
 def test_over_clients() -> None:
@@ -91,6 +94,63 @@ def test_local_tests_are_rows_of_the_test_set_with_the_clients_class_mix() -> No
     both = task.evaluate_split("both", 2)
     assert both["accuracy"] == task.evaluate_split("test")["accuracy"]
     assert both["local_accuracy"] == task.evaluate_split("local", 2)["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def untested(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Three clients, each with one of three easy classes; the test set lacks the class of client 1."""
+    path = tmp_path_factory.mktemp("data") / "points.npz"
+    y = np.arange(90) % 3
+    x = np.eye(3, 8, dtype=np.float32)[y]
+    np.savez(path, x_train=x, y_train=y, groups=y, x_test=x[y != 1], y_test=y[y != 1])
+    return {"data": {"name": f"npz:{path}"}, "partition": {"name": "natural", "clients": 3}}
+
+
+@pytest.mark.parametrize("where", ["server", "clients"])
+@pytest.mark.parametrize("split", ["local", "both"])
+def test_a_client_without_tests_is_left_out_counted_and_named_once(
+    where: str, split: str, untested: dict[str, Any], tmp_path: Path
+) -> None:
+    notices = Notices()
+    given = tiny(
+        f"evaluation.where={where}", f"evaluation.split={split}", "client.lr=0.5", "rounds=6", **untested
+    )
+    summary = run(given, tmp_path, notices).summary
+    key = "accuracy" if split == "local" else "local_accuracy"
+    assert (summary[key], summary[f"{key}_worst"], summary[f"{key}_spread"]) == (1.0, 1.0, 0.0)
+    assert summary[f"{key}_unmeasured"] == summary[f"{key.replace('accuracy', 'loss')}_unmeasured"] == 1
+    assert notices.texts == ["round 0: client 1 left out of the mean: no local test samples"]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(closing_table(summary, []))
+    assert "1 client not measured" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_is_derived_from_local_tests_leaves_the_client_out_too(
+    untested: dict[str, Any], tmp_path: Path
+) -> None:
+    """Fine-tuned models, and the baseline of every client alone."""
+    given = tiny("evaluation.fine_tune=3", "evaluation.split=local", "rounds=1", **untested)
+    tuned = run(given, tmp_path / "tuned").summary
+    assert (tuned["accuracy"], tuned["accuracy_worst"], tuned["accuracy_unmeasured"]) == (1.0, 1.0, 1)
+    local = tiny("evaluation.split=local", "rounds=1", baselines=["local-only"], **untested)
+    summary = run(local, tmp_path / "local").summary
+    assert summary["accuracy_local_only"] == 1.0
+    assert summary["accuracy_local_only_unmeasured"] == 1
+    assert baselines_of(summary) == {"local-only": 1.0}
+
+
+def test_where_nobody_can_be_measured_the_figure_is_nan(tmp_path: Path) -> None:
+    """The test set has a class that no client has."""
+    y = np.arange(20) % 2
+    points = np.eye(3, 8, dtype=np.float32)
+    np.savez(tmp_path / "d.npz", x_train=points[y], y_train=y, groups=y, x_test=points[[2, 2]], y_test=[2, 2])
+    own = {"data": {"name": f"npz:{tmp_path / 'd.npz'}"}, "partition": {"name": "natural", "clients": 2}}
+    notices = Notices()
+    summary = run(tiny("evaluation.split=both", "rounds=1", **own), tmp_path, notices).summary
+    assert np.isnan(summary["local_accuracy"])
+    assert summary["local_accuracy_unmeasured"] == 2
+    assert np.isfinite(summary["accuracy"])  # of the whole test set, which is there
+    assert notices.texts == ["round 0: clients 0, 1 left out of the mean: no local test samples"]
 
 
 def test_the_summary_has_the_start_beside_every_accuracy(tmp_path: Path) -> None:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim import messages
+from fedsim import _flwr, messages
 from fedsim.app import FederatedClientApp, client_app, serve
 from fedsim.engine.exchange import FIRST_NODE
 from fedsim.engine.grid import BaseGrid
 from fedsim.engine.simulate import simulate
 from fedsim.errors import UserError
+from fedsim.finish import resume
+from fedsim.forgetting.attribute import erasing
+from fedsim.forgetting.request import opened
+from fedsim.hooks import Hook
+from fedsim.messages import arrays_of, views_of
 from fedsim.runs import Run
+from fedsim.version import code_digest
 from fedsim.wire import WireGrid
-from tests.helpers import run, tiny
+from tests.helpers import StopAt, run, tiny
+from tests.test_rounds import Notices
 
 
 class Foreign(Grid):
@@ -83,7 +91,7 @@ class Nameless(FederatedClientApp):
 
 
 def on_foreign_grid(
-    experiment: Any, folder: Path, app: ClientApp = client_app
+    experiment: Any, folder: Path, app: ClientApp = client_app, *hooks: Hook
 ) -> tuple[dict[str, Any], Foreign]:
     made: list[Foreign] = []
     server = ServerApp()
@@ -93,7 +101,7 @@ def on_foreign_grid(
     def main(grid: Grid, context: Context) -> None:
         assert isinstance(grid, BaseGrid)
         made.append(Foreign(grid))
-        serve(experiment, made[0], target, ())
+        serve(experiment, made[0], target, hooks)
 
     simulate(server, app, experiment.clients, seed=experiment.seed)
     return target.summary(), made[0]
@@ -293,3 +301,198 @@ def test_nodes_with_classes_in_an_order_of_their_own_equal_a_natural_partition(t
     said = {row["client"]: row["error"] for row in map(json.loads, lines) if "error" in row}
     assert said.keys() == {2}
     assert "the server knows no class 'yew'; its classes are ash, elm, fir" in said[2]
+
+
+class Failing(Foreign):
+    """What Flower says in the place of a node has the SuperLink as its source; it may not take a message.
+
+    From the first training round on: `offline` nodes get an error reply of Flower's, messages to `gone` ones
+    are not taken (as HTTP does it: no id; in memory: left out of the ids).
+    """
+
+    def __init__(self, inner: BaseGrid, offline: set[int], gone: set[int], *, in_memory: bool) -> None:
+        super().__init__(inner)
+        self.offline, self.gone, self.in_memory = offline, gone, in_memory
+        self.made: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            client = message.metadata.dst_node_id - FIRST_NODE
+            hello = message.metadata.message_type == "query.hello"
+            if client in self.gone and not hello:
+                ids += [] if self.in_memory else [""]
+                continue
+            [number] = super().push_messages([message])
+            ids.append(number)
+            if client in self.offline and not hello:
+                error = Message(Error(5, "the node is offline"), reply_to=message)
+                _flwr.set_source(error, _flwr.SUPERLINK_NODE_ID)
+                self.made[number] = error
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = list(message_ids)
+        assert all(wanted)
+        return [
+            *super().pull_messages([i for i in wanted if i not in self.made]),
+            *(self.made.pop(i) for i in wanted if i in self.made),
+        ]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "flwr-fedavg"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_nodes_that_fail_or_are_gone_are_named_and_the_run_goes_on(
+    strategy: str, in_memory: bool, tmp_path: Path
+) -> None:
+    """The aggregate is that of the others, whoever says that a node failed."""
+    experiment = tiny("rounds=2", strategy={"name": strategy})
+    notices = Notices()
+    target = Run.create(experiment, tmp_path)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        assert isinstance(grid, BaseGrid)
+        serve(experiment, Failing(grid, {1}, {3}, in_memory=in_memory), target, (notices,))
+
+    simulate(server, client_app, experiment.clients, seed=experiment.seed)
+    assert target.summary()["rounds"] == 2
+    rows = [row for row in target.client_rows() if "error" in row]
+    assert [(row["round"], row["client"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert [row["refused"] for row in target.history()] == [0, 2, 2]
+    said = [text for text in notices.texts if "not used" in text]
+    assert "client 1 not used: error: the node is offline" in said[0]
+    assert f"client 3 not used: error: node {FIRST_NODE + 3} is gone" in said[1]
+    # the same as where these two clients fail by themselves
+    expected = on_foreign_grid(experiment, tmp_path / "raise", Raising({1, 3}))[0]
+    assert target.summary()["digest"] == expected["digest"]
+
+
+class Raising(FederatedClientApp):
+    """Some clients cannot train."""
+
+    def __init__(self, clients: set[int]) -> None:
+        super().__init__()
+        self.clients = clients
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and context.node_id - FIRST_NODE in self.clients:
+            raise RuntimeError("flat battery")
+        return super().__call__(message, context)
+
+
+class Hostile(FederatedClientApp):
+    """Client 2 sends something else than it should, over the wire."""
+
+    def __init__(self, change: Callable[[RecordDict], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = super().__call__(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            self.change(reply.content)
+        return reply
+
+
+def _layout(content: RecordDict, text: bytes) -> None:
+    content["layout"] = ConfigRecord({"layout": zlib.compress(text)})
+
+
+HOSTILE: dict[str, tuple[Callable[[RecordDict], object], str]] = {
+    "deep layout": (lambda c: _layout(c, b"[" * 200_000), "nested more than 32 deep"),
+    "no layout": (lambda c: c.pop("layout"), "wrong names"),
+    "layout of others": (lambda c: _layout(c, b'{"arrays": [["w", "<f4", [1]]]}'), "wrong names"),
+    "NaN": (
+        lambda c: c.update({"arrays": arrays_of({k: v * np.nan for k, v in views_of(c["arrays"]).items()})}),
+        "holds NaN",
+    ),
+    "made-up dtype": (
+        lambda c: c.update({"more": ArrayRecord({"w": Array("float33", (1,), "numpy.ndarray", b"x")})}),
+        "cannot be read",
+    ),
+    "count": (lambda c: c["metrics"].update({"num-examples": -1}), "'num-examples' is -1"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_reply_over_the_wire_is_refused_and_named(kind: str, tmp_path: Path) -> None:
+    change, said = HOSTILE[kind]
+    notices = Notices()
+    experiment = tiny("rounds=1", strategy={"name": "fedmedian"})
+    summary, _ = on_foreign_grid(experiment, tmp_path / "a", Hostile(change), notices)
+    refused = [text for text in notices.texts if "reply of client 2 not used" in text]
+    assert len(refused) == 1
+    assert said in refused[0]
+    expected = on_foreign_grid(experiment, tmp_path / "b", Raising({2}))[0]
+    assert summary["digest"] == expected["digest"]
+
+
+class Says(FederatedClientApp):
+    """Node 1 answers hello with something of its own, or has an odd config."""
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__()
+        self.said = said
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        if context.node_id != FIRST_NODE + 1:
+            return super().__call__(message, context)
+        context.node_config.update(self.said.get("node_config", {}))
+        reply = super().__call__(message, context)
+        if message.metadata.message_type == "query.hello" and "hello" in self.said:
+            return messages.reply(message, config=self.said["hello"])
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"node_config": {"partition-id": "zero"}}, "partition-id is 'zero', not a whole number"),
+        ({"node_config": {"partition-id": 1.5}}, "partition-id is 1.5, not a whole number"),
+        ({"hello": {"code-digest": code_digest(), "partition-id": "zero"}}, "says partition-id 'zero'"),
+        ({"hello": {"code-digest": code_digest()}}, "says partition-id None"),
+        ({"hello": {"code-digest": code_digest(), "partition-id": True}}, "says partition-id True"),
+        ({"hello": {"partition-id": 1}}, "runs another client app"),
+        ({"hello": None}, "runs another client app"),
+    ],
+)
+def test_an_odd_hello_is_one_line_that_names_the_node(
+    said: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=text) as told:
+        on_foreign_grid(tiny(), tmp_path, Says(**said))
+    assert f"node {FIRST_NODE + 1} " in str(told.value)
+
+
+def test_an_odd_memory_budget_is_named(tmp_path: Path) -> None:
+    notices = Notices()
+    on_foreign_grid(tiny("rounds=1"), tmp_path, Says(node_config={"memory-budget": "lots"}), notices)
+    assert any("client 1" in t and "memory-budget is 'lots'" in t for t in notices.texts)
+
+
+def test_a_run_on_nodes_is_not_resumed_or_changed_in_this_process(tmp_path: Path) -> None:
+    """This machine need not have the clients' data; a finished run can still be looked at."""
+    whole, _ = on_foreign_grid(tiny("rounds=2"), tmp_path / "whole")
+    finished = Run.open(tmp_path / "whole" / "tiny")
+    assert finished.on_nodes
+    assert resume(finished.folder).summary == whole
+    with pytest.raises(UserError, match="was made on nodes, which have the clients' data; fedsim forget"):
+        opened(finished)
+    with pytest.raises(UserError, match="was made on nodes"):
+        erasing(finished, ["gender"])
+    with pytest.raises(KeyboardInterrupt):
+        on_foreign_grid(tiny("rounds=4"), tmp_path / "cut", client_app, StopAt(2))
+    before = Run.open(tmp_path / "cut" / "tiny").history()
+    with pytest.raises(UserError, match="was made on nodes, which have the clients' data; fedsim resume"):
+        resume(tmp_path / "cut" / "tiny")
+    assert Run.open(tmp_path / "cut" / "tiny").history() == before
+    here = run(tiny("rounds=1"), tmp_path / "here")
+    assert not here.run.on_nodes
+
+
+def test_baselines_of_a_run_on_nodes_are_not_trained_here(tmp_path: Path) -> None:
+    on_foreign_grid(tiny("rounds=1", baselines=["local-only"]), tmp_path)
+    with pytest.raises(UserError, match="was made on nodes"):
+        resume(tmp_path / "tiny")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedsim import json_text
 from fedsim.errors import UserError, nearest
 
 Column = npt.NDArray[np.float32]
@@ -121,8 +122,24 @@ def to_json(attributes: Iterable[Attribute]) -> str:
 
 
 def from_json(text: str) -> tuple[Attribute, ...]:
-    """The inverse of `to_json`."""
-    return tuple(Attribute(name, tuple(values)) for name, values in json.loads(text))
+    """The inverse of `to_json`.
+
+    Raises:
+        UserError: it is something else; it comes from a server.
+    """
+    source = "the server's list of attributes"
+    try:
+        found = json_text.received(text, source)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    attributes = []
+    for row in found if isinstance(found, list) else [None]:
+        match row:
+            case [str(name), [*values]] if all(isinstance(value, str) for value in values):
+                attributes.append(Attribute(name, tuple(values)))
+            case _:
+                raise UserError(f"{source} has {str(row)[:80]} where a name and its values should be")
+    return tuple(attributes)
 
 
 def conformed(

@@ -69,8 +69,10 @@ def erasing(
         audit_rounds: exchanges of the federated audit.
 
     Raises:
-        UserError: it is not finished, its clients are of another kind, or attributes are erased already.
+        UserError: it is not finished, was made on nodes, its clients are of another kind, or attributes are
+            erased already.
     """
+    run.require_own_data("forget")
     summary, document = run.summary(), run.experiment().document()
     client, before = document["client"], document["detacher"]
     if client["name"] not in ("standard", "attribute-unlearning"):

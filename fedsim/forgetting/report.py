@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +214,7 @@ def _rebound(curve: Sequence[Mapping[str, float]]) -> float:
     values = [point["forget_accuracy"] for point in curve]
     if not values:
         return 0.0
-    low = int(np.argmin(values))
+    low = int(np.argmin([value if math.isfinite(value) else math.inf for value in values]))
     return max(values[low:]) - values[low]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from fedsim.config import Experiment
 from fedsim.data.classes import Word, positions_of, written
 from fedsim.errors import UserError
-from fedsim.runs import Run
+from fedsim.runs import Run, read_json
 
 Kind = Literal["class", "client"]
 
@@ -91,7 +90,7 @@ def opened(run: Run) -> Origin:
     """A finished run as the origin of forgetting.
 
     Raises:
-        UserError: it is not finished, or its root is gone.
+        UserError: it is not finished, was made on nodes, or its root is gone.
     """
     if not run.finished:
         raise UserError(f"{run.folder} is not finished; first: fedsim resume {run.folder}")
@@ -99,10 +98,11 @@ def opened(run: Run) -> Origin:
         raise UserError(f"{run.folder} has no final state (state.safetensors); run the experiment again")
     from fedsim.building import class_names
 
+    run.require_own_data("forget")
     path = run.folder / LINEAGE
     if not path.is_file():
         return Origin(run, run.experiment(), class_names(run.experiment()))
-    lineage = json.loads(path.read_text("utf-8"))
+    lineage = read_json(path)
     if run.experiment().settings["forget"].get("relearn"):
         raise UserError(
             f"{run.folder} learnt again what was forgotten, to measure how fast: forget from "

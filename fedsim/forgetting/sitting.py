@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedsim import config
+from fedsim import config, json_text
 from fedsim.compare import differing
 from fedsim.config import Experiment
 from fedsim.errors import UserError
@@ -84,7 +84,7 @@ def sit(plan: Plan, wish: Wish, watch: Watch) -> Tables:
         {name: _relearnt(plan, name, run, wish, watch) for name, run in runs.items()} if wish.relearn else {}
     )
     report = _report(plan, runs, relearnt)
-    write_atomic(plan.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomic(plan.folder / "report.json", (json_text.dump(report, indent=1) + "\n").encode())
     return report
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
 from typing import Any
 
 from fedsim.forgetting.methods import RETRAIN
 from fedsim.forgetting.report import FIGURES
 from fedsim.forgetting.speedups import AMOUNTS, edited, near_retraining, speedup, times, titled
+from fedsim.terminal import spread
 
 Report = Mapping[str, Any]
 
@@ -69,11 +69,9 @@ def pace(report: Report) -> str:
 
 
 def _spread(found: Iterable[float | None], form: str = "{:.3f}") -> str:
+    """Of figures that are there; equal ones have no deviation."""
     values = [value for value in found if value is not None]
-    if not values:
-        return ""
-    text = form.format(mean(values))
-    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 and stdev(values) else text
+    return spread(values[:1] if len(set(values)) == 1 else values, form, "{:.2f}")
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

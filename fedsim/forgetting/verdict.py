@@ -49,7 +49,8 @@ def judged(
     reference = models[first]["figures"]
     for name, model in models.items():
         others = [other for other in RETRAIN if other != name]
-        model["figures"]["js"] = min(js_divergence(outputs[name], outputs[other]) for other in others)
+        apart = [js_divergence(outputs[name], outputs[other]) for other in others]
+        model["figures"]["js"] = float(np.min(apart))  # NaN where one of them is
         model["tow"] = tow(*[[m[key] for key in _TOW] for m in (model["figures"], reference)])
     floors = {
         key: Floor(reference[key], models[second]["figures"][key], resolution(key))
@@ -62,7 +63,7 @@ def judged(
             outside = [
                 key for key, floor in floors.items() if key in figures and not floor.inside(figures[key])
             ]
-            outside += ["js"] if figures["js"] > between else []
+            outside += [] if figures["js"] <= between else ["js"]  # NaN lies outside
             model["outside"] = outside
     telling = bool(set(models["original"]["outside"]) & set(FORGETTING))
     for name, model in models.items():

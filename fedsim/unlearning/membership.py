@@ -39,11 +39,18 @@ def attack(
     found = {}
     mine, theirs = scores(members, labels), scores(others, other_labels)
     for name, values in mine.items():
-        found[name] = {"auc": auc(values, theirs[name]), "tpr": true_positives(values, theirs[name])}
+        found[name] = _figures(values, theirs[name])
     learnt = _learnt(_inputs(members, mine), _inputs(others, theirs))
     if learnt is not None:
-        found["model"] = {"auc": auc(*learnt), "tpr": true_positives(*learnt)}
+        found["model"] = _figures(*learnt)
     return found
+
+
+def _figures(members: Floats, others: Floats) -> dict[str, float]:
+    """NaN where a model's outputs are not finite: nothing can be told of it."""
+    if not (np.isfinite(members).all() and np.isfinite(others).all()):
+        return {"auc": math.nan, "tpr": math.nan}
+    return {"auc": auc(members, others), "tpr": true_positives(members, others)}
 
 
 def scores(probabilities: Floats, labels: NDArray[np.int64]) -> dict[str, Floats]:
@@ -91,6 +98,8 @@ def _learnt(members: Floats, others: Floats) -> tuple[Floats, Floats] | None:
     if min(len(members), len(others)) < 10:
         return None
     x: Any = np.concatenate([members, others])
+    if not np.isfinite(x).all():
+        return np.full(len(members), math.nan), np.full(len(others), math.nan)
     y = np.repeat([1, 0], [len(members), len(others)])
     network = MLPClassifier((16,), solver="lbfgs", alpha=0.1, max_iter=200, random_state=0)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)

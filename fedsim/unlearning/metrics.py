@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,12 @@ def probe(
         labels: theirs [n].
         tests: of test samples of the forgotten classes [m, d].
         test_labels: theirs [m].
+
+    Returns:
+        NaN where features are not finite.
     """
+    if not (np.isfinite(features).all() and np.isfinite(tests).all()):
+        return math.nan
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -72,7 +78,7 @@ class Floor:
 
     def distance(self, value: float) -> float:
         """Of a figure to the nearer of the two."""
-        return min(abs(value - self.first), abs(value - self.second))
+        return float(np.min(np.abs([value - self.first, value - self.second])))  # NaN where one of them is
 
     def inside(self, value: float) -> bool:
         """Whether a figure could be that of a third retraining."""
