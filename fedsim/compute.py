@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedsim.errors import UserError
 
@@ -39,6 +40,17 @@ class Compute:
         """Move a model to the device and into the memory layout."""
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         return model.to(self.device).to(memory_format=layout)
+
+    def send(self, array: NDArray[Any]) -> Tensor:
+        """An array as a tensor on the device, of the same shape and dtype.
+
+        A copy from ordinary memory waits until the GPU is done with all that was queued before; one from
+        pinned memory is queued behind it, so that the CPU prepares the next step meanwhile.
+        """
+        tensor = torch.from_numpy(array)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def autocast(self, *, on: bool = True) -> AbstractContextManager[Any]:
         """Around a forward pass: matrix products in 16 bits, unless the precision is fp32.
@@ -82,4 +94,6 @@ def resolve(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # fills every new tensor with NaN, in a kernel of its own; it finds bugs and changes no result
+    torch.utils.deterministic.fill_uninitialized_memory = False
     return Compute(torch.device("cuda", torch.cuda.current_device()), precision, channels_last)

@@ -191,7 +191,7 @@ class Task:
             picked = [self._views[view][rows[i : i + 1]] for i, view in enumerate(chosen)]
             return self._on_device(np.concatenate(picked), labels[rows])
         images, own = self._batch(self.data.arrays.train_x, labels, rows)
-        draws = torch.rand(len(rows), augmentation.DRAWS).to(self.device)
+        draws = self.compute.send(torch.rand(len(rows), augmentation.DRAWS).numpy())
         return augmentation.augmented(images, draws, self.experiment.settings["augmentation"]), own
 
     @property
@@ -203,14 +203,14 @@ class Task:
     def inputs_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
         """Inputs of `network` for rows of the `train` or `test` part, on the device."""
         inputs = self.train_inputs if part == "train" else self.test_inputs
-        return torch.from_numpy(inputs[rows]).to(self.device)
+        return self.compute.send(inputs[rows])
 
     def attributes_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
         """Values of `attributes` for rows of the `train` or `test` part, float32 [b, a], on the device."""
         arrays = self.data.arrays
         columns = positions(self.attributes, arrays.attributes)
         z: Any = arrays.train_z if part == "train" else arrays.test_z
-        return torch.from_numpy(z[rows][:, columns]).to(self.device)
+        return self.compute.send(z[rows][:, columns])
 
     def _batch(
         self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
@@ -218,7 +218,7 @@ class Task:
         return self._on_device(x[rows], y[rows])
 
     def _on_device(self, x: NDArray[Any], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+        return self.compute.send(x), self.compute.send(y)
 
     @torch.no_grad()
     def _scores(

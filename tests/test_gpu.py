@@ -1,10 +1,12 @@
 """What a GPU owner runs: `pytest -m gpu`. Everything here needs CUDA; without it the tests are not selected.
 
-On a machine without a GPU the same steps run on `meta` tensors (tests/test_compute.py, tests/models).
+On a machine without a GPU the same steps run on `meta` tensors (tests/test_compute.py, tests/models). The other
+tests take the GPU, too, where there is one: `compute.device` is "auto" by default.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,11 @@ import torch
 from flwr.app import Context, Message
 
 from fedsim import building
+from fedsim.compute import resolve
+from fedsim.forgetting import experiments, request, sitting
+from fedsim.local_learning import METHODS
+from fedsim.models import TUNING
+from fedsim.runs import Run
 from tests.engine.test_serial import ask, query_app
 from tests.helpers import run, tiny
 
@@ -51,18 +58,86 @@ def test_the_gpu_agrees_with_the_cpu(model: str, tuning: str, tmp_path: Path) ->
         np.testing.assert_allclose(states[1][name], values, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_local_learning_on_the_gpu_agrees_with_the_cpu(method: str, tmp_path: Path) -> None:
+    """One round of every method in four blocks."""
+    states = []
+    for device in ("cpu", "cuda"):
+        chosen = tiny(
+            f"name={device}",
+            "rounds=1",
+            "client.lr=0.01",
+            f"compute.device={device}",
+            model={"name": "resnet20"},
+            local={"name": method, "blocks": 4},
+        )
+        states.append(run(chosen, tmp_path).state())
+    for name, values in states[0].items():
+        np.testing.assert_allclose(states[1][name], values, rtol=5e-3, atol=5e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("tuning", [name for name in TUNING if name != "clip-adapter"])
+def test_every_tuning_mode_trains(tuning: str, tmp_path: Path) -> None:
+    """Training with FedProx' term and clipping changes the shared state and leaves it finite."""
+    chosen = tiny(
+        "rounds=1",
+        "compute.device=cuda",
+        "client.clip=1.0",
+        "client.proximal_mu=0.1",
+        model={"name": "tiny-clip"},
+        tuning={"name": tuning},
+    )
+    before = building.build(chosen).shared()
+    after = run(chosen, tmp_path).state()
+    assert all(np.isfinite(values).all() for values in after.values())
+    assert any(not np.array_equal(before[name].numpy(), values) for name, values in after.items())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_two_runs_give_the_same_bits(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "tuning"),
+    [("cnn", "full"), ("resnet20", "full"), ("tiny-clip", "bias"), ("tiny-clip", "prompt")],
+)
+def test_two_runs_give_the_same_bits(model: str, tuning: str, precision: str, tmp_path: Path) -> None:
     digests = {
         run(
             tiny(
-                f"name=run{i}", "compute.device=cuda", f"compute.precision={precision}", model={"name": "cnn"}
+                f"name=run{i}",
+                "compute.device=cuda",
+                f"compute.precision={precision}",
+                f"tuning.name={tuning}",
+                model={"name": model},
             ),
             tmp_path,
         ).summary["digest"]
         for i in range(2)
     }
     assert len(digests) == 1
+
+
+def test_a_class_is_forgotten_by_every_method(tmp_path: Path) -> None:
+    """Edits, retraining, the examiner and the compact model of a pruned one, all on the card."""
+    chosen = tiny("rounds=2", "compute.device=cuda", "client.lr=0.05", model={"name": "vgg-small"})
+    origin = request.opened(Run(run(chosen, tmp_path).run.folder))
+    wanted = request.request_of(origin, "class", ["9"])
+    names = experiments.methods_of(origin, wanted, "all")
+    plan = sitting.plan_of(origin, wanted, ["recover.rounds=1"], tmp_path / "forget")
+    report = sitting.sit(plan, sitting.Wish(names, relearn=1), lambda _: nullcontext(()))
+    assert {"original", "retrain", "retrain-2", *names} == set(report["models"])
+    assert report["models"]["prune"]["size"]["parameters_compact"] > 0
+    assert report["models"]["head-mask"]["figures"]["forget_test"] == 0
+
+
+def test_a_batch_reaches_the_card_as_it_was_when_it_was_sent() -> None:
+    """The copy is queued behind other work; whoever fills the array anew does not change it."""
+    compute = resolve("cuda", "fp32")
+    work = torch.randn(2048, 2048, device="cuda")
+    for _ in range(20):
+        work = work @ work / 2048
+    array = np.arange(1 << 16, dtype=np.float32)
+    sent = compute.send(array)
+    array[:] = -1
+    np.testing.assert_array_equal(sent.cpu().numpy(), np.arange(1 << 16, dtype=np.float32))
 
 
 def test_out_of_memory_is_an_error_reply_and_leaves_the_card_free() -> None:

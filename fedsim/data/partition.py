@@ -11,7 +11,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from typing import Any
 
@@ -115,7 +115,7 @@ def partition(
     switches = [clients, shots, pooled, seed]
     known = dict(attributes or {})
     codes = [part for name in sorted(known) for part in (name, known[name].tobytes())]
-    versions = [_VERSION, version("flwr-datasets"), version("numpy")]
+    versions = [_VERSION, _partitioners_version(), version("numpy")]
     key = cache_key(*versions, code, keys, switches, labels.tobytes(), owners, *codes)
     file = cache_folder("partitions") / f"{key}.npz"
     try:
@@ -135,6 +135,14 @@ def partition(
     np.savez(buffer, indices=made.indices, offsets=made.offsets)
     write_atomic(file, buffer.getvalue())
     return made
+
+
+def _partitioners_version() -> str:
+    """Version of flwr-datasets; empty without it, which `iid` and other plain cuts do not need."""
+    try:
+        return version("flwr-datasets")
+    except PackageNotFoundError:
+        return ""
 
 
 def _check(members: list[Integers], name: str, clients: int) -> None:

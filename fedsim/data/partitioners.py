@@ -231,8 +231,14 @@ def _flower() -> Any:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import datasets
-        from flwr_datasets import partitioner
+        try:
+            import datasets
+            from flwr_datasets import partitioner
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"[partition] this partition is cut by flwr-datasets, and Python module '{error.name}' is not "
+                'installed: pip install "flwr-datasets>=0.6,<0.7", or choose [partition] name = "iid"'
+            ) from error
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     return partitioner

@@ -139,7 +139,7 @@ class Examiner:
         set_train_mode(model, training=False)
         features, logits = [], []
         for start in range(0, len(rows), size):
-            inputs = torch.from_numpy(np.array(x[rows[start : start + size]])).to(self.task.device)
+            inputs = self.task.compute.send(np.array(x[rows[start : start + size]]))
             with self.task.compute.autocast():
                 below = model.backbone(inputs)
                 out = model.head(below)
