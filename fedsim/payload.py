@@ -79,6 +79,11 @@ class Selection:
     statistics: frozenset[str] = frozenset()
 
     @property
+    def shared_statistics(self) -> frozenset[str]:
+        """Those of `statistics` that travel."""
+        return self.statistics & {entry.name for entry in self.shared}
+
+    @property
     def changing(self) -> tuple[Entry, ...]:
         """Everything that training may change."""
         return self.shared + self.personal

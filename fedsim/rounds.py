@@ -37,6 +37,7 @@ from fedsim.evaluation import over_clients, server_metrics
 from fedsim.hooks import Hook, Round
 from fedsim.messages import Replies
 from fedsim.runs import Run
+from fedsim.server_step import ServerStep
 from fedsim.strategy_state import require_clients, restore, state_of
 from fedsim.task import Task
 from fedsim.version import code_digest
@@ -84,6 +85,7 @@ class Loop:
         self.hooks = hooks
         self.experiment = task.experiment
         self.who = grid.roster
+        self.server_step = ServerStep(strategy, task.selection.shared_statistics)
         if isinstance(grid, BaseGrid):
             grid.work = task.data.partition.sizes().tolist()
         if task.data.forgotten is not None:
@@ -143,7 +145,7 @@ class Loop:
 
     def _train(self, progress: Progress, number: int) -> Round:
         config = self._config(number)
-        out = list(self.strategy.configure_train(number, progress.arrays, config, self.grid))
+        out = self.server_step.configure_train(number, progress.arrays, config, self.grid)
         if not out and not getattr(self.strategy, "alone", False):
             raise UserError(
                 f"round {number}: the strategy asks no client to train; check its fraction of clients"
@@ -156,7 +158,7 @@ class Loop:
             raise NotEnoughReplies(said) from RuntimeError(reason)  # --debug shows the client's traceback
         if self.recording and out:
             self.run.save_updates(number, out[0].content, messages.by_client(replies, self.who))
-        arrays, metrics = self.strategy.aggregate_train(number, replies)
+        arrays, metrics = self.server_step.aggregate_train(number, replies, self.who)
         if arrays is not None:
             progress.arrays = payload.conform(arrays, self.task.selection.shared)
         refused = dict(getattr(self.strategy, "refused", failed))
