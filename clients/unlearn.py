@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from clients.training import Recipe, arrays_of, back_propagation, fit, partition
 from fedsim import messages, registry
 from fedsim.building import build_model
 from fedsim.models.base import set_train_mode
+from fedsim.resident import places
 from fedsim.task import Task
 from fedsim.unlearning import ascent, graph, masks, scores
 
@@ -72,6 +72,8 @@ class Limits:
         sample = torch.from_numpy(np.array(task.data.arrays.train_x[:1])).to(task.device)
         self.layers = graph.prunable(task.model, sample)
         self.fills = {name: masks.entries(task.model, layer) for name, layer in self.layers.items()}
+        entries = {entry for fill in self.fills.values() for entry in fill}
+        self.places = {name: place for name, place in places(task.model).items() if name in entries}
 
     def of(self, message: Message) -> Callable[[], None] | None:
         """Nothing where the instruction has no masks."""
@@ -82,7 +84,12 @@ class Limits:
         chosen = {
             name: torch.from_numpy(np.array(v)).to(device) for name, v in messages.views_of(record).items()
         }
-        return partial(masks.enforce, self.task.model.state_dict(keep_vars=True), self.fills, chosen)
+
+        def enforce() -> None:
+            state = {name: place.tensor for name, place in self.places.items() if place.tensor is not None}
+            masks.enforce(state, self.fills, chosen)
+
+        return enforce
 
 
 def _statistics(task: Task, layers: Mapping[str, graph.Layer], message: Message, who: int) -> Message:

@@ -8,8 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fedsim import augmentation, compute, config, payload
 from fedsim.config import Experiment
@@ -22,6 +24,7 @@ from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.fitting import fitting_modes
+from fedsim.resident import unfold
 from fedsim.task import Network, Task
 
 
@@ -113,6 +116,8 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
         seed_everything(experiment.seed)
         plain = experiment.build("model", replace(info, folders=experiment.roots))
         try:
+            if isinstance(plain, nn.Module):
+                _settle(plain, info)
             model = experiment.build("tuning", plain)
         except UnfitTuning as error:
             names = ", ".join(fitting_modes(plain))
@@ -123,6 +128,7 @@ def build_model(experiment: Experiment, info: DataInfo) -> Classifier:
             f"[tuning] '{experiment['tuning'].name}' must return a fedsim.models.base.Classifier, "
             f"got {type(model).__name__}"
         )
+    unfold(model)
     model.text = None  # what no tuning mode took is let go
     if experiment["detacher"].common.get("attributes"):
         from fedsim.unlearning.cut import detachable
@@ -140,6 +146,13 @@ def class_names(experiment: Experiment) -> tuple[str, ...]:
     """The classes of an experiment's data, in the order of the labels."""
     source = experiment["data"]
     return load_arrays(source.name, dict(source.options), roots=experiment.roots).classes
+
+
+def _settle(model: nn.Module, info: DataInfo) -> None:
+    """Give lazy modules (`nn.LazyLinear`) their shapes, by one sample of zeros."""
+    if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *info.sample_shape, dtype=getattr(torch, info.dtype)))
 
 
 def load_data(experiment: Experiment) -> FederatedData:

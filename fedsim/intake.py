@@ -14,6 +14,7 @@ from fedsim.averaging import WeightedAverage, shortage, weighted_metrics
 from fedsim.evaluation import unmeasured
 from fedsim.gate import admit, alike
 from fedsim.messages import Replies, Roster
+from fedsim.server_step import ServerStep
 from fedsim.strategy_state import innermost
 
 #: metrics of good replies by client
@@ -26,14 +27,15 @@ class Intake:
     """Takes in the replies of a run's exchanges.
 
     Args:
-        strategy: any Flower strategy.
+        step: the training half of any Flower strategy.
         who: which node is which client.
         notice: is told what the user should know.
     """
 
-    def __init__(self, strategy: Strategy, who: Roster, notice: Callable[[str], None]) -> None:
-        inner = innermost(strategy)
-        self.strategy = strategy
+    def __init__(self, step: ServerStep, who: Roster, notice: Callable[[str], None]) -> None:
+        inner = innermost(step.strategy)
+        self.step = step
+        self.strategy = step.strategy
         self.who = who
         self.notice = notice
         #: a strategy that is not ours need not get along with replies that differ, or that weigh nothing
@@ -80,7 +82,7 @@ class Intake:
         arrays: ArrayRecord | None
         metrics: Mapping[str, Any] | None
         if not self.theirs or replies.refused is None:
-            arrays, metrics = self.strategy.aggregate_train(number, replies)
+            arrays, metrics = self.step.aggregate_train(number, replies, self.who)
         elif not rows:
             raise shortage(f"round {number}: no usable reply", replies.refused, [])
         else:
@@ -131,7 +133,7 @@ class Intake:
         own = weighted_metrics(list(rows.values()))
         if not self._weighs(rows):
             return None, own
-        arrays, metrics = self.strategy.aggregate_train(number, self._alike(replies, rows))
+        arrays, metrics = self.step.aggregate_train(number, self._alike(replies, rows), self.who)
         if metrics is None:
             return arrays, None
         spoilt = {key for key, value in metrics.items() if not is_finite(value)}

@@ -8,7 +8,7 @@ The state of a tuned model falls into three parts:
 * **personal**: changes, stays in the client's `context.state`.
 
 bfloat16 entries travel as float32 (exact, and every strategy can do arithmetic on them); `pack` puts
-them back into two bytes on a real wire.
+them back into two bytes on a real wire. Complex entries travel as pairs of real numbers, [..., 2].
 """
 
 from __future__ import annotations
@@ -31,9 +31,17 @@ from torch import Tensor, nn
 from fedsim import json_text
 from fedsim.errors import UserError, nearest
 from fedsim.messages import arrays_of, views_of
+from fedsim.resident import places
 
 LAYOUT = "layout"  #: key of the packed form's description in a content's config record
 _FLAT = "flat."  #: packed arrays are named flat.<dtype>
+#: dtypes of the model that travel as another one
+_ON_THE_WIRE = {
+    "bfloat16": "float32",
+    "complex32": "float16",
+    "complex64": "float32",
+    "complex128": "float64",
+}
 
 
 @dataclass(frozen=True)
@@ -47,21 +55,39 @@ class Entry:
     @property
     def wire_dtype(self) -> str:
         """numpy dtype inside a record."""
-        return "float32" if self.dtype == "bfloat16" else self.dtype
+        return _ON_THE_WIRE.get(self.dtype, self.dtype)
+
+    @property
+    def wire_shape(self) -> tuple[int, ...]:
+        """Shape inside a record: of complex entries with the real and the imaginary part as last dimension."""
+        return (*self.shape, 2) if self.dtype.startswith("complex") else self.shape
 
     @property
     def nbytes(self) -> int:
         """Bytes on a packed wire."""
-        size = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
-        return int(np.prod(self.shape, dtype=np.int64)) * size
+        size = 2 if self.dtype == "bfloat16" else np.dtype(self.wire_dtype).itemsize
+        return int(np.prod(self.wire_shape, dtype=np.int64)) * size
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Names of the changing state, split into what travels and what stays."""
+    """Names of the changing state, split into what travels and what stays.
+
+    Attributes:
+        shared: what travels.
+        personal: what stays.
+        statistics: names of those that are no parameters (running means and counters of BatchNorm, say): they
+            are averaged, whatever a server optimiser does with parameters.
+    """
 
     shared: tuple[Entry, ...]
     personal: tuple[Entry, ...]
+    statistics: frozenset[str] = frozenset()
+
+    @property
+    def shared_statistics(self) -> frozenset[str]:
+        """Those of `statistics` that travel."""
+        return self.statistics & {entry.name for entry in self.shared}
 
     @property
     def changing(self) -> tuple[Entry, ...]:
@@ -77,32 +103,55 @@ def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[st
         train_modules: prefixes of modules in train mode: their buffers change too (BatchNorm).
         personal: name patterns with `*` and `?` of entries that stay with the client.
 
+    A tied tensor, which has several names, travels once, under the first; it is personal if one name is.
+
     Raises:
-        UserError: a pattern matches nothing that changes.
+        UserError: a pattern matches nothing that changes, or something that changes cannot travel.
     """
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    parameters = {name for name, _ in model.named_parameters()}
     inside = tuple(f"{prefix}." if prefix else "" for prefix in train_modules)
-    changing = entries_of(
-        {
-            name: value
-            for name, value in model.state_dict().items()
-            if name in trainable or (name not in parameters and inside and name.startswith(inside))
-        }
-    )
-    names = [entry.name for entry in changing]
+    names: dict[int, list[str]] = {}  # of one tensor
+    found: dict[int, Tensor] = {}
+    parameters: set[int] = set()
+    for name, place in places(model).items():
+        value = place.tensor
+        if value is None or not place.persistent:
+            continue
+        if value.requires_grad if place.parameter else inside and name.startswith(inside):
+            found[id(value)] = value
+            names.setdefault(id(value), []).append(name)
+            parameters |= {id(value)} if place.parameter else set()
     patterns = list(personal)
+    known = [name for some in names.values() for name in some]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in known):
             raise UserError(
                 f"[payload] personal: '{pattern}' matches nothing that changes under this tuning: "
-                f"{nearest(pattern, names[:4])}"
+                f"{nearest(pattern, known[:4])}"
             )
-    mine = {n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)}
+    shared, mine = {}, {}
+    for key, some in names.items():
+        stays = any(fnmatchcase(name, pattern) for name in some for pattern in patterns)
+        (mine if stays else shared)[some[0]] = _sendable(some[0], found[key])
     return Selection(
-        shared=tuple(e for e in changing if e.name not in mine),
-        personal=tuple(e for e in changing if e.name in mine),
+        shared=tuple(entries_of(shared)),
+        personal=tuple(entries_of(mine)),
+        statistics=frozenset(some[0] for key, some in names.items() if key not in parameters),
     )
+
+
+def _sendable(name: str, value: Tensor) -> Tensor:
+    """The tensor, if numpy has its like."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    try:
+        np.dtype(_ON_THE_WIRE.get(dtype, dtype))
+    except TypeError:
+        dtype = ""
+    if not dtype or value.layout != torch.strided or value.is_quantized:
+        raise UserError(
+            f"'{name}' changes while clients train, but a tensor of {value.dtype} ({value.layout}) cannot travel: "
+            "keep it frozen ([tuning]), or give the model a dense one of float32"
+        )
+    return value
 
 
 def entries_of(state: Mapping[str, Tensor]) -> list[Entry]:
@@ -117,15 +166,20 @@ def entries_of(state: Mapping[str, Tensor]) -> list[Entry]:
 
 
 def to_record(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> ArrayRecord:
-    """Copy tensors into a record (bfloat16 as float32)."""
+    """Copy tensors into a record (bfloat16 as float32, complex numbers as pairs)."""
     return arrays_of({entry.name: _to_numpy(state[entry.name]) for entry in entries})
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    tensor = tensor.detach()
+    tensor = _real(tensor.detach())
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     return np.array(tensor.cpu().numpy(), order="C")
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one [..., 2], in the same memory unless it is a lazy conjugate."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()
@@ -142,7 +196,7 @@ def load_record(record: ArrayRecord, entries: Sequence[Entry], state: Mapping[st
     """
     check(record, entries)
     for name, values in views_of(record).items():
-        target = state[name]
+        target = _real(state[name].detach())
         if target.device.type == "cpu" and target.dtype != torch.bfloat16:
             np.copyto(target.numpy(), values)  # no intermediate copy of a read-only view
         else:
@@ -160,10 +214,10 @@ def check(record: ArrayRecord, entries: Sequence[Entry]) -> None:
         )
     for name, entry in expected.items():
         array = record[name]
-        if tuple(array.shape) != entry.shape or array.dtype != entry.wire_dtype:
+        if tuple(array.shape) != entry.wire_shape or array.dtype != entry.wire_dtype:
             raise ValueError(
                 f"'{name}' arrived as {array.dtype}{list(array.shape)}, this model has "
-                f"{entry.wire_dtype}{list(entry.shape)}"
+                f"{entry.wire_dtype}{list(entry.wire_shape)}"
             )
 
 
@@ -182,9 +236,9 @@ def conform(record: ArrayRecord, entries: Sequence[Entry]) -> ArrayRecord:
     out: dict[str, NDArray[Any]] = {}
     for entry in entries:
         array = values[entry.name]
-        if tuple(array.shape) != entry.shape:
+        if tuple(array.shape) != entry.wire_shape:
             raise ValueError(
-                f"the strategy returned '{entry.name}' with shape {array.shape}, not {entry.shape}"
+                f"the strategy returned '{entry.name}' with shape {array.shape}, not {entry.wire_shape}"
             )
         if entry.dtype == "bfloat16":
             array = torch.from_numpy(np.array(array, dtype=np.float32)).bfloat16().float().numpy()

@@ -43,6 +43,7 @@ from fedsim.hooks import Hook, Round
 from fedsim.intake import Intake, averaged_by_flower
 from fedsim.messages import Replies
 from fedsim.runs import Run
+from fedsim.server_step import ServerStep
 from fedsim.strategy_state import require_clients, restore, state_of
 from fedsim.task import Task
 from fedsim.version import code_digest
@@ -94,6 +95,7 @@ class Loop:
         self.hooks = hooks
         self.experiment = task.experiment
         self.who = grid.roster
+        self.server_step = ServerStep(strategy, task.selection.shared_statistics)
         if isinstance(grid, BaseGrid):
             grid.work = task.data.partition.sizes().tolist()
         if task.data.forgotten is not None:
@@ -105,7 +107,7 @@ class Loop:
                 "with these [local] budgets clients share different auxiliary networks: set "
                 'auxiliary = "personal", or [strategy] name = "fedavg"'
             )
-        self.intake = Intake(strategy, self.who, self.notice)
+        self.intake = Intake(self.server_step, self.who, self.notice)
         self.resumable = True
         self.diverged = False
         self.recording = task.experiment.settings["checkpoints"]["record_updates"]
@@ -158,7 +160,7 @@ class Loop:
 
     def _train(self, progress: Progress, number: int) -> Round:
         config = self._config(number)
-        out = list(self.strategy.configure_train(number, progress.arrays, config, self.grid))
+        out = self.server_step.configure_train(number, progress.arrays, config, self.grid)
         if not out and not getattr(self.strategy, "alone", False):
             raise UserError(
                 f"round {number}: the strategy asks no client to train; check its fraction of clients"

@@ -24,6 +24,7 @@ from fedsim.data.attributes import positions
 from fedsim.data.federated import FederatedData
 from fedsim.errors import UserError
 from fedsim.models.base import Classifier, at_rest, set_train_mode
+from fedsim.resident import Resident
 from fedsim.scores import Scores, scores_of
 
 if TYPE_CHECKING:
@@ -64,17 +65,10 @@ class Task:
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        state = self.model.state_dict(keep_vars=True)
-        self._changing = {e.name: state[e.name].data for e in self.selection.changing}
-        self._transient = {
-            name: buffer
-            for name, buffer in self.model.named_buffers()
-            if name not in state  # non-persistent buffers: no state_dict entry, but a client may change them
-        }
+        self._resident = Resident(self.model, [entry.name for entry in self.selection.changing])
         self.cut = features.cut(self.experiment, self.model, self.data, self.selection.changing, self.compute)
         self.network = features.above(self.model, self.cut)
         self.local = self._local()
-        self._initial = {k: v.clone() for k, v in (self._changing | self._transient).items()}
         self.scaler = self.compute.scaler()
         self.anchors: list[Tensor] = []
         self.constrain: Callable[[], None] | None = None
@@ -93,7 +87,7 @@ class Task:
         store = {messages.OPTIONAL + name: value for name, value in local.store.items()}
         entries = payload.entries_of(store)
         self.selection = replace(self.selection, shared=(*self.selection.shared, *entries))
-        self._changing |= store
+        self._resident.add(store)
         return local
 
     @property
@@ -137,11 +131,13 @@ class Task:
         """Names of bfloat16 entries (two bytes a value on a packed wire)."""
         return frozenset(entry.name for entry in self.selection.changing if entry.dtype == "bfloat16")
 
-    @torch.no_grad()
     def reset(self) -> None:
-        """Put every entry that training may change back to its initial value."""
-        for name, tensor in (self._changing | self._transient).items():
-            tensor.copy_(self._initial[name])
+        """Put every entry that training may change back to its initial value.
+
+        Raises:
+            UserError: the model changed in a way that cannot be undone (`fedsim/resident.py`).
+        """
+        self._resident.reset()
 
     def load(self, shared: ArrayRecord, personal: ArrayRecord | None = None) -> None:
         """Reset the model, then overwrite the shared part and, if there is one, the personal part.
@@ -150,21 +146,30 @@ class Task:
             ValueError: names, shapes or dtypes do not fit.
         """
         self.reset()
-        payload.load_record(shared, self.selection.shared, self._changing)
-        if personal is not None:
-            payload.load_record(personal, self.selection.personal, self._changing)
+        for record, entries in ((shared, self.selection.shared), (personal, self.selection.personal)):
+            if record is not None:
+                payload.load_record(record, entries, self._tensors(entries))
 
     def shared(self) -> ArrayRecord:
-        """A copy of the shared part of the resident model."""
-        return payload.to_record(self._changing, self.selection.shared)
+        """A copy of the shared part of the resident model.
+
+        Raises:
+            UserError: the model changed in a way that no other client would learn of (`fedsim/resident.py`).
+        """
+        self._resident.check()
+        return payload.to_record(self._tensors(self.selection.shared), self.selection.shared)
 
     def personal(self) -> ArrayRecord:
         """A copy of the personal part of the resident model."""
-        return payload.to_record(self._changing, self.selection.personal)
+        return payload.to_record(self._tensors(self.selection.personal), self.selection.personal)
 
     def initial_payload(self) -> ArrayRecord:
         """The shared part before any training."""
-        return payload.to_record(self._initial, self.selection.shared)
+        return payload.to_record(self._resident.initial, self.selection.shared)
+
+    def _tensors(self, entries: Sequence[payload.Entry]) -> dict[str, Tensor]:
+        """Entries of the resident model as they are now, no copies."""
+        return self._resident.tensors(entry.name for entry in entries)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss, outside autocast and scaled for fp16: what a step calls."""

@@ -27,6 +27,7 @@ from fedsim.data.classes import positions_of
 from fedsim.errors import NotEnoughReplies, UserError, nearest
 from fedsim.ranges import Fraction, Natural
 from fedsim.rounds import lr_scale
+from fedsim.server_step import ServerStep
 from fedsim.task import Task
 from fedsim.unlearning import graph, masks
 from strategies.unlearn_edits import Edit, Scene, State, tensors
@@ -60,7 +61,10 @@ class Unlearn(Strategy):
         "_asked",
         "_who",
         "_refused",
+        "_around",
     )
+    #: an edit changes statistics as well as parameters; what recovers may be a server optimiser
+    whole_state: ClassVar[bool] = True
     #: clients that know masks and statistics
     defaults: ClassVar[dict[str, dict[str, Any]]] = {"client": {"name": "unlearn"}}
 
@@ -99,6 +103,7 @@ class Unlearn(Strategy):
         self._asked: set[int] = set()
         self._who: messages.Roster | None = None
         self._refused: dict[int, str] | None = None
+        self._around: ServerStep | None = None
 
     # ------------------------------------------------------------------- what the round loop calls
 
@@ -178,7 +183,9 @@ class Unlearn(Strategy):
             self._asked = {self._who.client(message.metadata.dst_node_id) for message in out}
             return out
         self._scale(server_round, config)
-        out = list(self.inner.configure_train(server_round, arrays, config, grid))
+        statistics = frozenset() if self._scene is None else self._scene.task.selection.shared_statistics
+        self._around = ServerStep(self.inner, statistics)
+        out = self._around.configure_train(server_round, arrays, config, grid)
         if self.pruned:
             record = messages.arrays_of(self.pruned)
             for message in out:
@@ -192,7 +199,9 @@ class Unlearn(Strategy):
         if self.editing:
             return self._apply(replies)
         self._refused = None
-        arrays, metrics = self.inner.aggregate_train(server_round, replies)
+        assert self._around is not None
+        assert self._who is not None
+        arrays, metrics = self._around.aggregate_train(server_round, replies, self._who)
         if arrays is None or not self.pruned:
             return arrays, metrics
         state = tensors(arrays)

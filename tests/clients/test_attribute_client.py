@@ -84,7 +84,7 @@ def test_an_isolated_block_learns_by_itself() -> None:
     """What is above the cut is trained, but no gradient of it reaches what is below."""
     ours = task(cut=1, isolated=True)
     first, metrics = trained(ours, Detaching(ours), **{messages.STRENGTH: 1.0})
-    start = ours._initial
+    start = ours._resident.initial
     above = {key for key in first if key.startswith(("head.", "backbone.block2."))}
     for key in above:
         start[key].add_(torch.randn_like(start[key]) * 0.1 if start[key].is_floating_point() else 0)
@@ -132,7 +132,7 @@ def test_a_client_with_one_group_skips_and_counts_or_uses_the_servers_means() ->
     model = helped.model
     assert isinstance(model, Detachable)
     assert model.statistics is not None
-    start = helped._initial
+    start = helped._resident.initial
     start["statistics.shares"].fill_(0.5)
     start["statistics.sums"].normal_()
     found, metrics = trained(helped, Detaching(helped), client, **{messages.STRENGTH: 5.0})
