@@ -55,7 +55,9 @@ class WeightedAverage(Strategy):
         min_replies: fewest usable replies; fewer end the run with the reason of every client (the run
             can be resumed).
         fraction_evaluate: share of the clients that evaluate when clients are asked to.
-        weighting: `examples` weighs a client by the samples it trained on, `uniform` by one.
+        weighting: `examples` weighs a client by its training samples n_k, also where `client.steps` takes
+            fewer of them in a round; `samples-seen` by the samples that its steps took in the round (in every
+            epoch anew); `uniform` by one.
     """
 
     #: what an engine may do with the replies on their way here: sum them up (None: nothing)
@@ -254,7 +256,7 @@ class WeightedAverage(Strategy):
         refused: dict[int, str] = {}
         asked = set(current.cohort)
         for client, message in messages.by_client(replies, current.who):
-            reason = messages.complaint(message, like)
+            reason = messages.complaint(message, like, "examples" if like is None else self.weighting)
             if client not in asked:
                 reason = "it was not asked, or it answered twice"
             asked.discard(client)

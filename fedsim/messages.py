@@ -57,10 +57,14 @@ RELEASED = "released"
 OPTIONAL = "auxiliary."
 
 # keys of the metric record
-EXAMPLES = "num-examples"
+EXAMPLES = "num-examples"  #: training samples of the client, n_k
 SECONDS = "seconds"
 SAMPLES = "samples"  #: passes of a sample through the model (epochs count)
 ROWS = "rows:"  #: + name of an array: samples behind each of its rows (rows that belong to classes)
+SKIPPED = "steps_skipped"  #: share of the steps that fp16's loss scaling left out (only with fp16)
+
+#: which metric a reply weighs; None: one
+_WEIGHTS: dict[Weighting, str | None] = {"examples": EXAMPLES, "samples-seen": SAMPLES, "uniform": None}
 
 
 def arrays_of(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -214,25 +218,39 @@ def sample_clients(
 
 
 def weight_of(metrics: Mapping[str, Any], weighting: Weighting) -> float:
-    """Weight of a reply in a mean: its number of examples, or one."""
-    return float(metrics[EXAMPLES]) if weighting == "examples" else 1.0
+    """Weight of a reply in a mean.
+
+    Args:
+        metrics: of the reply.
+        weighting: `examples` is n_k (FedAvg, arXiv 1602.05629), the training samples of the client, however
+            many of them its steps took; `samples-seen` is how many passed through its model in this round
+            (a sample counts in every epoch); `uniform` is one.
+    """
+    key = _WEIGHTS[weighting]
+    return 1.0 if key is None else float(metrics[key])
 
 
-def complaint(message: Message, like: Mapping[str, tuple[tuple[int, ...], str]] | None) -> str | None:
+def complaint(
+    message: Message,
+    like: Mapping[str, tuple[tuple[int, ...], str]] | None,
+    weighting: Weighting = "examples",
+) -> str | None:
     """Why a reply cannot be used, in words; None when it can.
 
     Args:
         message: the reply.
         like: expected arrays, name -> (shape, dtype); None skips the check of arrays.
+        weighting: what the reply is going to weigh.
     """
     if message.has_error():
         return f"error: {message.error.reason}"
     metrics = message.content.get(METRICS)
     if not isinstance(metrics, MetricRecord):
         return f"no metric record named '{METRICS}'"
-    examples = metrics.get(EXAMPLES)
-    if not isinstance(examples, int | float) or not np.isfinite(examples) or examples < 0:
-        return f"'{EXAMPLES}' is {examples!r}, not a count"
+    for key in (EXAMPLES, _WEIGHTS[weighting] or EXAMPLES):
+        count = metrics.get(key)
+        if not isinstance(count, int | float) or not np.isfinite(count) or count < 0:
+            return f"'{key}' is {count!r}, not a count"
     if like is None:
         return None
     return _array_complaint(message.content.get(ARRAYS), like) or _rows_complaint(metrics, like)

@@ -240,6 +240,28 @@ def test_the_mixture_of_promptfolio() -> None:
     torch.testing.assert_close(head.class_features(), 0.6 * shared + 0.4 * own)
 
 
+def test_the_positive_of_fedpgp_is_the_text_of_the_fixed_caption() -> None:
+    """Whatever the prompt starts from, and of the model's own template."""
+    made = {
+        key: build(experiment("fedpgp", *overrides)).model
+        for key, overrides in {
+            "plain": (),
+            "seed": ("seed=7",),
+            "words": ('tuning.init="a photo of a"',),
+            "template": ('model.template="the {}"',),
+        }.items()
+    }
+    for key, model in made.items():
+        assert isinstance(model.head, LowRankHead)
+        plain = build(experiment("fedavg", *(('model.template="the {}"',) if key == "template" else ())))
+        caption = tiny_clip(plain.data.info, template="the {}" if key == "template" else "a photo of a {}")
+        assert torch.equal(model.head.caption, caption.head.weight)
+        untrained = model.head.text_features(model.head.context)
+        assert functional.cosine_similarity(untrained, model.head.caption).min() < 0.999
+        assert "head.caption" not in dict(model.head.named_parameters(prefix="head"))
+    assert not torch.equal(made["plain"].head.caption, made["template"].head.caption)
+
+
 def test_the_loss_of_fedpgp() -> None:
     task = build(experiment("fedpgp", "tuning.mu=0.5"))
     head = task.model.head
@@ -251,7 +273,7 @@ def test_the_loss_of_fedpgp() -> None:
         functional.normalize(x, dim=-1)
         for x in (
             head.text_features(head.context),
-            head.origin,
+            head.caption,
             head.text_features(head.context + head.left @ head.right),
         )
     )
