@@ -35,7 +35,9 @@ def odd_losses(metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:
 
 def of_losses(server_round: int, clients: Sequence[int], metrics: Mapping[int, Mapping[str, Any]]) -> str:
     """A line that names clients whose loss is no number although their weights are finite."""
-    names = ", ".join(map(str, clients[:10])) + (f" and {len(clients) - 10} more" if len(clients) > 10 else "")
+    names = ", ".join(map(str, clients[:10])) + (
+        f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    )
     who = f"client{'s' if len(clients) > 1 else ''} {names}"
     skipped = any(metrics[client].get(messages.SKIPPED) for client in clients)
     why = (
@@ -43,7 +45,9 @@ def of_losses(server_round: int, clients: Sequence[int], metrics: Mapping[int, M
         if skipped
         else "training diverges there: lower client.lr or set client.clip"
     )
-    return f"round {server_round}: loss is NaN or infinite at {who}, but the weights are finite and used; {why}"
+    return (
+        f"round {server_round}: loss is NaN or infinite at {who}, but the weights are finite and used; {why}"
+    )
 
 
 def of_skipped_steps(history: Sequence[Mapping[str, Any]]) -> str | None:

@@ -209,8 +209,8 @@ class Ascent(Edit):
         batch_size: samples a step.
         clip: largest gradient norm.
         far: squared distance from the client's own last model at which it ends.
-        shares: of the weights that each target had in the mean of its last round, from 0 to 1; `fedsim forget`
-            takes them from the run.
+        shares: of the weights that each target had in the mean of its last round, from 0 to 1;
+            `fedsim forget` takes them from the run.
     """
 
     def __init__(
@@ -235,8 +235,8 @@ class Ascent(Edit):
         """The leaving client alone."""
         if len(self.shares) != len(scene.targets):
             raise UserError(
-                f"edit.shares has {len(self.shares)} numbers for {len(scene.targets)} clients to be forgotten: "
-                "give one for each target"
+                f"edit.shares has {len(self.shares)} numbers for {len(scene.targets)} clients to be "
+                "forgotten: give one for each target"
             )
         keys = {**self.keys, "share": self.shares[step]}
         return _instructions(messages.ASCENT, arrays, config, keys, who, [scene.targets[step]])

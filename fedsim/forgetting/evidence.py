@@ -37,7 +37,7 @@ class Evidence:
     """
 
     figures: dict[str, float]
-    attacks: dict[str, membership.Scores]
+    attacks: dict[str, membership.Power]
     outputs: Floats = field(repr=False)
 
 

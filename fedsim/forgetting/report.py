@@ -186,8 +186,8 @@ def _attacks(report: Report) -> list[str]:
     said = "Membership inference: AUC (true positive rate at 1 % false positives); 0.5 is chance."
     if None in rates:
         said = (
-            "Membership inference: AUC; 0.5 is chance. The true positive rate at 1 % false positives cannot be "
-            "measured: it needs 100 unseen samples like the forgotten ones, and there are fewer."
+            "Membership inference: AUC; 0.5 is chance. The true positive rate at 1 % false positives cannot "
+            "be measured: it needs 100 unseen samples, and there are fewer."
         )
     lines = [said, ""]
     rows = [[name, *(_attack(m["attacks"][a]) for a in names)] for name, m in models.items()]

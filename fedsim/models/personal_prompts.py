@@ -2,10 +2,11 @@
 
     prompt-folio     text feature = (1 - share) T(context) + share T(own)           own [M, D] is personal
     prompt-low-rank  prompt = context + U V                             U [M, b] and V [b, D] are personal
-                     loss + mu · contrast of T(context): near the caption's text feature, far from T(context + U V)
+                     and a term of the loss: T(context) near T(caption), far from T(context + U V)
 
-T gives normalised text features; the caption is that of the model (`template`), it never trains. `[payload] personal` says what stays (the strategies `promptfolio` and
-`fedpgp` bring it along). Equations as in the methods' public code; the papers' text was not at hand.
+T gives normalised text features; the caption is the model's (`template`) and never trains. `[payload]
+personal` says what stays (the strategies `promptfolio` and `fedpgp` bring it along). Equations as in the
+methods' public code; the papers' text was not at hand.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ class FolioHead(PromptHead):
 
     def class_features(self) -> Tensor:
         """[classes, d]."""
-        shared, own = (
-            directions(self.text_features(context)) for context in (self.context, self.own)
-        )
+        shared, own = (directions(self.text_features(context)) for context in (self.context, self.own))
         return (1 - self.share) * shared + self.share * own
 
 
@@ -53,9 +52,7 @@ class LowRankHead(PromptHead):
 
     caption: Tensor
 
-    def __init__(
-        self, start: PromptStart, caption: Tensor, rank: int, mu: float, temperature: float
-    ) -> None:
+    def __init__(self, start: PromptStart, caption: Tensor, rank: int, mu: float, temperature: float) -> None:
         context = start.context()
         super().__init__(start, context)
         count, width = context.shape

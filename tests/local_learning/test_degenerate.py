@@ -51,7 +51,11 @@ def test_batches_that_say_nothing_move_little(method: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("infopro", {"contrast": True, "head": "dgl"}), ("mlaan", {"compat": "official"}), ("man", {"bias": "channel"})],
+    [
+        ("infopro", {"contrast": True, "head": "dgl"}),
+        ("mlaan", {"compat": "official"}),
+        ("man", {"bias": "channel"}),
+    ],
 )
 def test_so_do_their_variants(method: str, options: dict[str, object]) -> None:
     assert moved(method, "blank", **options) < 4

@@ -106,7 +106,7 @@ def test_export_is_read_back_by_open_clip(tmp_path: Path) -> None:
 
 
 def test_a_zero_vector_has_no_direction_and_a_bounded_gradient() -> None:
-    """Features of a blank image may all be 0: division by a smallest length of 1e-12 made gradients of 1e12."""
+    """Features of a blank image may all be 0: a smallest length of 1e-12 made gradients of 1e12."""
     features = torch.randn(4, 6)
     features[1] = 0
     features.requires_grad_()

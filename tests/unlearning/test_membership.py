@@ -58,9 +58,9 @@ def test_attacks_find_members_of_an_overfitted_model_and_nothing_where_nothing_i
     known, unseen = _probabilities(150, 6.0), _probabilities(150, 1.0)
     power = attack(*known, *unseen)
     assert set(power) == {"confidence", "entropy", "loss", "model"}
-    assert all((found["auc"] or 0) > 0.8 and (found["tpr"] or 0) > 0.1 for found in power.values())
+    assert all(found["auc"] > 0.8 and (found["tpr"] or 0) > 0.1 for found in power.values())
     nothing = attack(*_probabilities(150, 1.0), *_probabilities(150, 1.0))
-    assert all(abs((found["auc"] or 0) - 0.5) < 4 * auc_error(150, 150) for found in nothing.values())
+    assert all(abs(found["auc"] - 0.5) < 4 * auc_error(150, 150) for found in nothing.values())
 
 
 def test_too_few_samples_teach_no_attack() -> None:
@@ -73,8 +73,8 @@ def test_the_error_of_an_auc_is_its_spread() -> None:
 
 
 def test_a_learnt_attack_varies_more_than_a_fixed_one() -> None:
-    """Simulated where there is nothing to find: the error is at least what its AUC varies, not half as much."""
-    drawn = [attack(*_probabilities(40, 3.0), *_probabilities(20, 3.0))["model"]["auc"] for _ in range(24)]
+    """Simulated where there is nothing to find: the error covers what the AUC varies."""
+    drawn = [attack(*_probabilities(40, 3.0), *_probabilities(20, 3.0))["model"]["auc"] for _ in range(12)]
     spread = np.std(np.array(drawn, dtype=float))
     assert auc_error(40, 20) < spread < 1.2 * learnt_auc_error(40, 20)
     assert learnt_auc_error(1000, 1000) == pytest.approx(1.205 * auc_error(1000, 1000))
