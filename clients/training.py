@@ -173,7 +173,8 @@ def fit(
         proximal_mu: FedProx µ; the anchor is the shared part at entry.
 
     Returns:
-        `num-examples` trained on, `samples` that passed (epochs count), mean `loss` over them.
+        `num-examples` it has, `samples` that passed (epochs count), mean `loss` over them; with fp16 also the
+        share of `steps_skipped`, whose gradients overflowed.
     """
     if len(rows) == 0:
         raise ValueError("this client has no training data")
@@ -186,7 +187,7 @@ def fit(
     anchors = _anchors(task) if proximal_mu > 0 else []
     task.anchors = [anchor for _, anchor in anchors]
     total = torch.zeros((), dtype=torch.float64, device=task.device)
-    seen = 0
+    seen = steps = skipped = 0
     take = getattr(step, "batch", Task.train_batch)
     for batch in batches(len(rows), recipe):
         tensors = take(task, rows[batch])
@@ -199,18 +200,18 @@ def fit(
                 parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
         if recipe.clip > 0:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        before = task.scaler.get_scale()
         task.scaler.step(optimizer)
         task.scaler.update()
+        steps += 1
+        skipped += task.scaler.get_scale() < before  # it shrinks when a step was left out, and only then
         if task.constrain is not None:
             task.constrain()
         total += loss.double() * len(batch)
         seen += len(batch)
     task.anchors = []
-    return {
-        messages.EXAMPLES: min(len(rows), seen),
-        messages.SAMPLES: seen,
-        "loss": total.item() / seen,
-    }
+    found = {messages.EXAMPLES: len(rows), messages.SAMPLES: seen, "loss": total.item() / seen}
+    return found | {messages.SKIPPED: skipped / steps} if task.scaler.is_enabled() else found
 
 
 def batches(count: int, recipe: Recipe) -> Iterator[np.ndarray]:

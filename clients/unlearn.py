@@ -150,7 +150,7 @@ def _ascent(task: Task, message: Message, who: int) -> Message:
     home = fit(task, rows, recipe, tool, back_propagation, lr_scale=1.0, proximal_mu=0.0)
     own = [p.detach().clone() for p in parameters]
     task.load(arrays_of(message))
-    centre = ascent.reference(before, own, task.experiment.clients)
+    centre = ascent.reference(before, own, float(config["share"]))
     radius = torch.stack([ascent.distance(centre, other) for other in _random_models(task)]).mean() / 3
     with torch.no_grad():
         for parameter, value in zip(parameters, centre, strict=True):

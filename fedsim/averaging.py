@@ -67,7 +67,9 @@ class WeightedAverage(Strategy):
         min_replies: fewest usable replies; fewer end the run with the reason of every client (the run
             can be resumed).
         fraction_evaluate: share of the clients that evaluate when clients are asked to.
-        weighting: `examples` weighs a client by the samples it trained on, `uniform` by one.
+        weighting: `examples` weighs a client by its training samples n_k, also where `client.steps` takes
+            fewer of them in a round; `samples-seen` by the samples that its steps took in the round (in every
+            epoch anew); `uniform` by one.
     """
 
     #: what an engine may do with the replies on their way here: sum them up (None: nothing)
@@ -268,7 +270,8 @@ class WeightedAverage(Strategy):
         current = self._current()
         refused = getattr(replies, "refused", None)
         if refused is None:
-            replies = admit(replies, dict.fromkeys(current.cohort, like), current.who)
+            weight = messages.EXAMPLES if like is None else messages.weight_key(self.weighting)
+            replies = admit(replies, dict.fromkeys(current.cohort, like), current.who, weight)
             refused = replies.refused
         current.refused = dict(refused or {})
         good = messages.by_client(replies, current.who)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fedsim import config, registry
+from fedsim import config, diagnosis, registry
 from fedsim.config import Experiment
 from fedsim.errors import UserError
 from fedsim.hooks import Hook
@@ -102,6 +102,10 @@ def close(loop: Loop, progress: Progress) -> dict[str, Any]:
     if states:
         summary["digest_personal"] = payload.digest(_personal_arrays(states))
     run.write_summary(summary)
+    notice = diagnosis.of_skipped_steps(run.history())
+    if notice is not None:
+        for hook in loop.hooks:
+            hook.notice(notice)
     return summary
 
 

@@ -40,7 +40,11 @@ class Intake:
         self.notice = notice
         #: a strategy that is not ours need not get along with replies that differ, or that weigh nothing
         self.theirs = not isinstance(inner, WeightedAverage)
-        self.weight = str(getattr(inner, "weighted_by_key", messages.EXAMPLES))
+        self.weight = (
+            messages.weight_key(inner.weighting)
+            if isinstance(inner, WeightedAverage)
+            else str(getattr(inner, "weighted_by_key", messages.EXAMPLES))
+        )
         self._said: set[object] = set()
 
     def admitted(self, number: int, out: Sequence[Message], received: Replies) -> Replies:
@@ -58,7 +62,8 @@ class Intake:
         if received.folded is not None or kinds not in ({messages.TRAIN}, {messages.EVALUATE}):
             return received
         shapes = self._shapes(out) if messages.TRAIN in kinds else [None] * len(out)
-        return admit(received, dict(zip(asked, shapes, strict=True)), self.who, self.weight)
+        weight = self.weight if self.theirs or messages.TRAIN in kinds else messages.EXAMPLES
+        return admit(received, dict(zip(asked, shapes, strict=True)), self.who, weight)
 
     def rows(self, replies: Replies) -> dict[int, Mapping[str, Any]]:
         """Metrics of the good replies by client; nothing where replies did not go through the gate."""
@@ -165,10 +170,11 @@ def is_finite(value: Any) -> bool:
 
 
 def _not_finite(row: Mapping[str, Any]) -> list[str]:
+    """Why metrics of training are left out of their mean (`diagnosis` speaks of the loss)."""
     return [
         f"{key} holds {'NaN or infinity' if isinstance(value, list) else value}"
         for key, value in row.items()
-        if not is_finite(value)
+        if key != "loss" and not is_finite(value)
     ]
 
 

@@ -65,11 +65,12 @@ RELEASED = "released"
 OPTIONAL = "auxiliary."
 
 # keys of the metric record
-EXAMPLES = "num-examples"
+EXAMPLES = "num-examples"  #: training samples of the client, n_k
 SECONDS = "seconds"
 SAMPLES = "samples"  #: passes of a sample through the model (epochs count)
 UNMEASURED = "_unmeasured"  #: after the name of a figure: clients that are left out of its mean
 ROWS = "rows:"  #: + name of an array: samples behind each of its rows (rows that belong to classes)
+SKIPPED = "steps_skipped"  #: share of the steps that fp16's loss scaling left out (only with fp16)
 
 
 def arrays_of(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -242,8 +243,20 @@ _LARGEST = 2**53
 
 
 def weight_of(metrics: Mapping[str, Any], weighting: Weighting) -> float:
-    """Weight of a reply in a mean: its number of examples, or one."""
-    return float(metrics[EXAMPLES]) if weighting == "examples" else 1.0
+    """Weight of a reply in a mean.
+
+    Args:
+        metrics: of the reply.
+        weighting: `examples` is n_k (FedAvg, arXiv 1602.05629), the training samples of the client, however
+            many of them its steps took; `samples-seen` is how many passed through its model in this round
+            (a sample counts in every epoch); `uniform` is one.
+    """
+    return 1.0 if weighting == "uniform" else float(metrics[weight_key(weighting)])
+
+
+def weight_key(weighting: Weighting) -> str:
+    """Name of the metric that a reply needs for this weighting."""
+    return SAMPLES if weighting == "samples-seen" else EXAMPLES
 
 
 def complaint(message: Message, like: Shapes | None, weight: str = EXAMPLES) -> str | None:

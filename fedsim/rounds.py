@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
-from fedsim import messages, payload
+from fedsim import diagnosis, messages, payload
 from fedsim.averaging import weighting_of
 from fedsim.checkpoints import Unstorable
 from fedsim.config import Experiment
@@ -110,6 +110,7 @@ class Loop:
         self.intake = Intake(self.server_step, self.who, self.notice)
         self.resumable = True
         self.diverged = False
+        self._odd: set[int] = set()  #: clients whose loss was no number
         self.recording = task.experiment.settings["checkpoints"]["record_updates"]
         evaluation = self.experiment.settings["evaluation"]
         where = evaluation["where"]
@@ -181,12 +182,23 @@ class Loop:
         for client, reason in sorted(refused.items()):
             self._tell("notice", f"round {number}: reply of client {client} not used: {_first_line(reason)}")
         record = Round(number, clients=received.answered - len(refused), refused=len(refused))
+        self._diagnose(record, diagnosis.used_metrics(replies, refused, self.who))
         for key, value in (metrics or {}).items():
             if key == "loss" and not isinstance(value, list):
                 record.train_loss = float(value)
             elif key not in (messages.EXAMPLES, messages.SECONDS, messages.SAMPLES):
                 record.extra[f"train_{key}"] = value
         return record
+
+    def _diagnose(self, record: Round, metrics: Mapping[int, Mapping[str, Any]]) -> None:
+        """Count losses that are no numbers; name every client that says one once."""
+        odd = diagnosis.odd_losses(metrics)
+        new = [client for client in odd if client not in self._odd]
+        self._odd.update(new)
+        if odd:
+            record.extra["odd_losses"] = len(odd)
+        if new:
+            self._tell("notice", diagnosis.of_losses(record.number, new, metrics))
 
     def _evaluate(self, progress: Progress, number: int, record: Round | None = None) -> Round:
         record = record or Round(number)

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Weighting = Literal["examples", "uniform"]
+#: what a client weighs: its training samples n_k, one, or the samples that it passed through in the round
+Weighting = Literal["examples", "uniform", "samples-seen"]
 
 _PIECE = 2**15  #: values that are worked on at a time
 _TOGETHER = 16  #: leaves that are summed in one pass

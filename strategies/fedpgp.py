@@ -1,6 +1,6 @@
 """FedPGP: a shared prompt plus a low-rank change of the client's own (arXiv 2405.09771; after public code).
 
-    client   prompt v + U_k V_k,  cross-entropy + µ · contrast(T(v); near T(v₀), far from T(v + U_k V_k))
+    client   prompt v + U_k V_k,  cross-entropy + µ · contrast(T(v); near T(caption), far from T(v + U_k V_k))
     server   v ← Σ n_k v_k / Σ n_k;  U_k and V_k never travel
 
 Rank, µ and the contrast's temperature are keys of `[tuning]`.

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Lt
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
@@ -209,17 +209,21 @@ class Ascent(Edit):
         batch_size: samples a step.
         clip: largest gradient norm.
         far: squared distance from the client's own last model at which it ends.
+        shares: of the weights that each target had in the mean of its last round, from 0 to 1;
+            `fedsim forget` takes them from the run.
     """
 
     def __init__(
         self,
+        shares: list[Annotated[float, Ge(0), Lt(1)]],
         lr: Positive = 0.01,
         epochs: Positive = 5.0,
         batch_size: Count = 128,
         clip: NonNegative = 5.0,
         far: Positive = 2.2,
     ) -> None:
-        self.lr, self.epochs, self.batch_size, self.clip, self.far = lr, epochs, batch_size, clip, far
+        self.shares = shares
+        self.keys = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "clip": clip, "far": far}
 
     def rounds(self, targets: Sequence[int]) -> int:
         """One for each client."""
@@ -229,7 +233,13 @@ class Ascent(Edit):
         self, step: int, scene: Scene, arrays: ArrayRecord, config: ConfigRecord, who: messages.Roster
     ) -> list[Message]:
         """The leaving client alone."""
-        return _instructions(messages.ASCENT, arrays, config, vars(self), who, [scene.targets[step]])
+        if len(self.shares) != len(scene.targets):
+            raise UserError(
+                f"edit.shares has {len(self.shares)} numbers for {len(scene.targets)} clients to be "
+                "forgotten: give one for each target"
+            )
+        keys = {**self.keys, "share": self.shares[step]}
+        return _instructions(messages.ASCENT, arrays, config, keys, who, [scene.targets[step]])
 
     def apply(
         self, step: int, scene: Scene, state: State, replies: Sequence[tuple[int, Message]]

@@ -148,6 +148,30 @@ def test_uniform_weighting_and_zero_examples() -> None:
     assert play(WeightedAverage(weighting="uniform"), start, answer, clients=3).arrays["w"][0] == 1.0
 
 
+def test_samples_seen_weighs_the_work_of_a_round_and_examples_what_a_client_has() -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        said = {"num-examples": [100, 900][client], "samples": [64, 32][client]}
+        return {"w": np.full(2, float(client), np.float32)}, said
+
+    start = {"w": np.zeros(2, np.float32)}
+    means = {
+        weighting: play(WeightedAverage(weighting=weighting), start, answer, clients=2).arrays["w"][0]
+        for weighting in ("examples", "samples-seen", "uniform")
+    }
+    assert means == {
+        "examples": np.float32(0.9), "samples-seen": np.float32(32 / 96), "uniform": np.float32(0.5),
+    }  # fmt: skip
+
+
+def test_a_reply_that_says_nothing_of_what_it_is_weighed_by_is_named() -> None:
+    def answer(client, arrays, config):  # type: ignore[no-untyped-def]
+        return arrays, {"num-examples": 5} | ({"samples": 3} if client else {})
+
+    strategy = WeightedAverage(weighting="samples-seen")
+    play(strategy, {"w": np.zeros(3, np.float32)}, answer, clients=2)
+    assert strategy.refused == {0: "'samples' is None, not a count"}
+
+
 BAD = {
     "raises": lambda a: 1 / 0,
     "NaN": lambda a: {**a, "w": np.full_like(a["w"], np.nan)},

@@ -76,7 +76,7 @@ class Folder:
 
     def add(self, position: int, reply: Message) -> Left:
         """Take in one reply; what cannot be used is a hole in the tree."""
-        reason = messages.complaint(reply, self.fold.like)
+        reason = messages.complaint(reply, self.fold.like, messages.weight_key(self.fold.weighting))
         metrics = None
         if reason is None:
             metrics = dict(reply.content[messages.METRICS].items())

@@ -38,7 +38,7 @@ class Evidence:
     """
 
     figures: dict[str, float]
-    attacks: dict[str, dict[str, float]]
+    attacks: dict[str, membership.Power]
     outputs: Floats = field(repr=False)
 
 
@@ -119,7 +119,8 @@ class Examiner:
     def resolution(self, figure: str) -> float:
         """Smallest difference in a figure that means anything."""
         if figure.startswith("mia_"):
-            return 2 * membership.auc_error(len(self.forgotten), len(self.unseen))
+            error = membership.learnt_auc_error if figure == "mia_model" else membership.auc_error
+            return 2 * error(len(self.forgotten), len(self.unseen))
         if figure == "relearn":
             return 1.0
         sizes = {

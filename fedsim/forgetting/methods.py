@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim import messages
 from fedsim.errors import UserError
 from fedsim.files import write_atomic
 from fedsim.forgetting.request import KEYS, MASKS, Origin, Request
@@ -75,7 +76,10 @@ def _edited(name: str) -> Callable[[Plan], Tables]:
         steps = len(plan.request.ids) if name in ("prune", "pga") else int(name != "none")
         rounds = 0 if name == "head-mask" else plan.rounds
         start = plan.start(plan.origin.state, plan.origin.run.summary()["digest"])
-        return plan.unlearn(name, {"name": name}, steps, rounds, **start)
+        edit: Tables = {"name": name}
+        if name == "pga":
+            edit["shares"] = [_share(plan, client) for client in plan.request.ids]
+        return plan.unlearn(name, edit, steps, rounds, **start)
 
     return make
 
@@ -191,11 +195,35 @@ def _first_round(root: Run, plan: Plan) -> int:
     return int(min(rounds))
 
 
+def _share(plan: Plan, client: int) -> float:
+    """The client's share of the weights in the last round that it and others trained in.
+
+    Clients that were forgotten before, or by this request before it, are not counted: the model that this
+    client's part is taken out of is already without them.
+    """
+    gone = set(plan.origin.before("client")) | {other for other in plan.request.ids if other < client}
+    weighting = plan.origin.experiment["strategy"].options.get("weighting", "examples")
+    for run in (plan.origin.run, plan.origin.root):
+        rounds: dict[int, dict[int, float]] = {}
+        for row in run.client_rows():
+            if row["phase"] == "train" and "error" not in row and row["client"] not in gone:
+                weights = rounds.setdefault(row["round"], {})
+                weights[row["client"]] = messages.weight_of(row, weighting)
+        totals = [(weights.get(client, 0.0), sum(weights.values())) for weights in rounds.values()]
+        shares = [own / total for own, total in totals if 0 < own < total]
+        if shares:
+            return shares[-1]
+    raise UserError(
+        f"{plan.origin.root.folder}: client {client} never trained in a round with others, so its part in "
+        "their mean is not known, which method 'pga' takes out; choose another method"
+    )
+
+
 def _extract(root: Run, server_round: int, path: Path) -> str:
     """Write the state after a round to a file; returns its digest."""
     from safetensors.numpy import save
 
-    from fedsim import checkpoints, messages, payload
+    from fedsim import checkpoints, payload
 
     checkpoint = root.folder / "checkpoints" / f"round-{server_round:05d}.safetensors"
     if not checkpoint.is_file():

@@ -182,12 +182,22 @@ def _speedup_table(report: Report) -> list[str]:
 
 def _attacks(report: Report) -> list[str]:
     names = list(next(iter(report["models"].values()))["attacks"])
-    lines = ["Membership inference: AUC (true positive rate at 1 % false positives); 0.5 is chance.", ""]
-    rows = [
-        [name, *(f"{m['attacks'][a]['auc']:.3f} ({m['attacks'][a]['tpr']:.2f})" for a in names)]
-        for name, m in report["models"].items()
-    ]
+    models = report["models"]
+    rates = [m["attacks"][a]["tpr"] for m in models.values() for a in names]
+    said = "Membership inference: AUC (true positive rate at 1 % false positives); 0.5 is chance."
+    if None in rates:
+        said = (
+            "Membership inference: AUC; 0.5 is chance. The true positive rate at 1 % false positives cannot "
+            "be measured: it needs 100 unseen samples, and there are fewer."
+        )
+    lines = [said, ""]
+    rows = [[name, *(_attack(m["attacks"][a]) for a in names)] for name, m in models.items()]
     return [*lines, *_table(["model", *names], rows)]
+
+
+def _attack(found: Mapping[str, float | None]) -> str:
+    rate = found["tpr"]
+    return f"{found['auc']:.3f}" + ("" if rate is None else f" ({rate:.2f})")
 
 
 def _notes(report: Report) -> list[str]:

@@ -19,6 +19,7 @@ Shape = tuple[int, ...]
 
 #: widths between a map and an image so many doublings larger
 _DECODER = {1: (12,), 2: (32, 12), 3: (128, 32, 12), 4: (192, 64, 32, 12)}
+_ROUNDING = 1e-5  #: spread of a channel, as a part of its largest value, that is no more than rounding
 _SMALL = 64  #: pixels a side up to which a map is resized to the image at once
 
 
@@ -144,12 +145,39 @@ class Decoder(nn.Module):
         return out
 
 
+class _Norm2d(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(without_rounding(input))
+
+
+class _Norm1d(nn.BatchNorm1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(without_rounding(input))
+
+
 def _norm2d(width: int) -> nn.Module:
-    return nn.BatchNorm2d(width, track_running_stats=False)
+    return _Norm2d(width, track_running_stats=False)
 
 
 def _norm1d(width: int) -> nn.Module:
-    return nn.BatchNorm1d(width, track_running_stats=False)
+    return _Norm1d(width, track_running_stats=False)
+
+
+def without_rounding(x: Tensor) -> Tensor:
+    """Channels that are constant over a batch but for rounding become exactly so and get no gradient.
+
+    BatchNorm divides what is left of such a channel by sqrt(eps) = 0.003, and its gradient likewise. Equal
+    samples (blank images, say) make all channels of vectors constant: from norm to norm rounding errors
+    grow 300 times. The exact gradient there is zero. Other channels pass bit by bit.
+
+    Args:
+        x: [n, channels, ...].
+    """
+    rest = [dim for dim in range(x.dim()) if dim != 1]
+    values = x.detach()
+    low, high = values.amin(rest, keepdim=True), values.amax(rest, keepdim=True)
+    constant = high - low <= _ROUNDING * torch.maximum(low.abs(), high.abs())
+    return torch.where(constant, low, x)
 
 
 def needs_two(network: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from fedsim.local_learning.chain import Chain
 from fedsim.local_learning.heads import Decoder, joined, patches
 from fedsim.local_learning.windows import Auxiliary, Backward, Batch, backward_of
-from fedsim.models.base import to_unit
+from fedsim.models.base import directions, to_unit
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -177,7 +177,7 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float = 0
 
     Positives have the same label; a row without any counts zero.
     """
-    z = functional.normalize(features.float())
+    z = directions(features.float())
     similar = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (labels[:, None] == labels[None, :]) & ~itself

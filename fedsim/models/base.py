@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from fedsim.models.text_towers import TextSide
 
 
+_NO_LENGTH = 1e-6  #: length below which a vector has no direction
+
+
 @dataclass(frozen=True)
 class DataInfo:
     """What a model may know when it is built.
@@ -201,6 +204,15 @@ def at_rest(network: nn.Module) -> nn.Module:
 def to_unit(inputs: Tensor) -> Tensor:
     """Inputs as stored -> float32: uint8 is scaled to 0..1, floats are taken as they are."""
     return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
+
+
+def directions(x: Tensor) -> Tensor:
+    """Vectors [..., d] divided by their length; zero ones stay zero.
+
+    A gradient is not made larger than 1e6 times: dividing a zero vector by a smallest length does that.
+    """
+    length = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(length > _NO_LENGTH, length, 1.0)
 
 
 def set_train_mode(model: Classifier, training: bool) -> None:

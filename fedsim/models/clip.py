@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, DataInfo, Unit
+from fedsim.models.base import Classifier, DataInfo, Unit, directions
 from fedsim.models.images import ImageBackbone, check_images
 from fedsim.models.text_towers import TextSide
 from fedsim.models.units import library_units
@@ -83,8 +82,7 @@ class CosineHead(nn.Module):
 
 def cosine_logits(features: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """exp(logit_scale) * cosine of image features [n, d] and text features [classes, d]: [n, classes]."""
-    features = functional.normalize(features, dim=-1)
-    return logit_scale.exp() * features @ functional.normalize(text, dim=-1).T
+    return logit_scale.exp() * directions(features) @ directions(text).T
 
 
 def spoken(name: str) -> str:

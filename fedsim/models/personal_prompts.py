@@ -2,20 +2,21 @@
 
     prompt-folio     text feature = (1 - share) T(context) + share T(own)           own [M, D] is personal
     prompt-low-rank  prompt = context + U V                             U [M, b] and V [b, D] are personal
+                     and a term of the loss: T(context) near T(caption), far from T(context + U V)
 
-T gives normalised text features. `[payload] personal` says what stays (the strategies `promptfolio` and
-`fedpgp` bring it along). Equations as in the methods' public code; the papers' text was not at hand.
+T gives normalised text features; the caption is the model's (`template`) and never trains. `[payload]
+personal` says what stays (the strategies `promptfolio` and `fedpgp` bring it along). Equations as in the
+methods' public code; the papers' text was not at hand.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fedsim.models.base import Classifier, train_only
+from fedsim.models.base import Classifier, directions, train_only
+from fedsim.models.clip import CosineHead
 from fedsim.models.prompt import Position, PromptHead, PromptStart, prompt_start
-from fedsim.payload import digest_of
 from fedsim.ranges import Count, Fraction, NonNegative, Positive
 
 
@@ -34,9 +35,7 @@ class FolioHead(PromptHead):
 
     def class_features(self) -> Tensor:
         """[classes, d]."""
-        shared, own = (
-            functional.normalize(self.text_features(context), dim=-1) for context in (self.context, self.own)
-        )
+        shared, own = (directions(self.text_features(context)) for context in (self.context, self.own))
         return (1 - self.share) * shared + self.share * own
 
 
@@ -45,34 +44,33 @@ class LowRankHead(PromptHead):
 
     Args:
         start: tower and captions.
+        caption: text features [classes, d] of the model's fixed captions.
         rank: b.
         mu: weight of the contrastive term.
         temperature: of the contrastive term.
     """
 
-    origin: Tensor
+    caption: Tensor
 
-    def __init__(self, start: PromptStart, rank: int, mu: float, temperature: float) -> None:
+    def __init__(self, start: PromptStart, caption: Tensor, rank: int, mu: float, temperature: float) -> None:
         context = start.context()
         super().__init__(start, context)
         count, width = context.shape
         self.left = nn.Parameter(0.02 * torch.randn(count, rank, device=context.device))
         self.right = nn.Parameter(0.02 * torch.randn(rank, width, device=context.device))
         self.mu, self.temperature = mu, temperature
-        with torch.no_grad():
-            self.register_buffer("origin", self.text_features(context))
+        self.register_buffer("caption", caption.detach().clone())
 
     def class_features(self) -> Tensor:
         """[classes, d]."""
         return self.text_features(self.context + self.left @ self.right)
 
     def penalty(self) -> Tensor:
-        """mu times the contrastive term: shared text features stay near the untrained prompt's, away from the
+        """mu times the contrastive term: shared text features stay near those of the captions, away from the
         client's own; mean over classes of -log softmax(cosines / temperature) at the former.
         """
-        anchor = self.text_features(self.context)
-        near = functional.cosine_similarity(anchor, self.origin, dim=-1)
-        far = functional.cosine_similarity(anchor, self.class_features(), dim=-1)
+        shared, own = (directions(x) for x in (self.text_features(self.context), self.class_features()))
+        near, far = (shared * directions(self.caption)).sum(-1), (shared * own).sum(-1)
         pairs = torch.stack([near, far], dim=-1) / self.temperature
         return -self.mu * pairs.log_softmax(dim=-1)[:, 0].mean()
 
@@ -127,10 +125,11 @@ def prompt_low_rank(
     Raises:
         UserError: as for `prompt`.
     """
+    zero_shot = model.head
     start = prompt_start(model, "prompt-low-rank", tokens, init, position)
-    head = LowRankHead(start, rank, mu, temperature)
-    made_of = {name: value for name, value in head.state_dict().items() if name != "origin"}
-    model.derived["head.origin"] = digest_of(made_of, {f"tower.{k}": v for k, v in start.derived.items()})
-    model.head = head
+    assert isinstance(zero_shot, CosineHead)  # prompt_start refuses others
+    model.head = LowRankHead(start, zero_shot.weight, rank, mu, temperature)
+    if "head.weight" in model.derived:
+        model.derived["head.caption"] = model.derived["head.weight"]
     chosen = {"head.context", "head.left", "head.right"}
     return train_only(model, chosen.__contains__, mode="prompt-low-rank").eval()

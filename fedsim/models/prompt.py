@@ -13,7 +13,7 @@ masked, or behind the end of a causal tower); text features are computed once pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,7 +79,6 @@ class PromptStart:
         fixed: embeddings [classes, L, D] of all tokens of the layout.
         words: embeddings [M, D] of the words that the context starts from; None: it starts at random.
         logit_scale: logarithm of the temperature's inverse, a scalar.
-        derived: see `TextSide`.
     """
 
     tower: TextTower
@@ -87,7 +86,6 @@ class PromptStart:
     fixed: Tensor
     words: Tensor | None
     logit_scale: Tensor
-    derived: Mapping[str, str]
 
     def context(self, rows: int | None = None) -> Tensor:
         """A start of the learned vectors, [M, D], or [rows, M, D]."""
@@ -204,7 +202,7 @@ def prompt_start(
     tower.drop_table()
     model.derived |= {f"head.tower.{name}": made for name, made in side.derived.items()}
     shown = Layout(ids, layout.slots, layout.length)
-    return PromptStart(tower, shown, fixed, known, model.head.logit_scale, side.derived)
+    return PromptStart(tower, shown, fixed, known, model.head.logit_scale)
 
 
 def _check_named(classes: Sequence[str]) -> None:

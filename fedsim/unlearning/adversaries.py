@@ -1,11 +1,14 @@
 """Detachers with networks of their own: what can be read from h is estimated by training somebody to read it.
 
-    representation detachment     penalty = I(h; z) - keep_input · I(h; x) - keep_task · I(h; y)
+    representation detachment     penalty = I(h; z) + keep_input · MSE(d(h), x) + keep_task · CE(q(h), y)
     gradient reversal (DANN)      penalty = -CE(q(h), z)
 
-The mutual informations are replaced by the variational bound of Barber and Agakov (2003): with any reader q,
-I(h; z) >= H(z) - CE(q(h), z), in nats. The readers are trained on frozen h (`auxiliary_loss`), the encoder
-against frozen readers (`forward`). For a number, or the input, q is a Gaussian: I >= ½ log(Var / MSE).
+I(h; z) is replaced by the variational bound of Barber and Agakov (2003): with any reader q,
+I(h; z) >= H(z) - CE(q(h), z), in nats; of a number q is a Gaussian, I >= ½ log(Var / MSE). The two terms that
+are to be kept, I(h; x) and I(h; y), are bounded likewise, up to constants: by a Gaussian of fixed variance
+around the decoder's output, so by a mean squared error (in squared units of the input, not in nats), and by a
+cross-entropy. The readers are trained on frozen h (`auxiliary_loss`), the encoder against frozen readers
+(`forward`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from fedsim.data.attributes import Attribute
 from fedsim.errors import UserError
 from fedsim.models.base import to_unit
 from fedsim.ranges import Count, NonNegative, Positive
-from fedsim.unlearning.detach import Space, categorical, one_hot
+from fedsim.unlearning.detach import Space, categorical, one_hot, varies
 
 
 def reader(width: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -59,8 +62,8 @@ class RepresentationDetachment(nn.Module):
     """The paper's loss: less information on z, kept information on x and y, three networks (reconstructed).
 
     Args:
-        keep_input: weight of I(h; x) next to that of I(h; z).
-        keep_task: weight of I(h; y).
+        keep_input: weight of the mean squared error with which the input is reconstructed.
+        keep_task: weight of the cross-entropy with which the class is read.
         hidden: units of the networks' hidden layers.
         lr: learning rate of the networks (Adam).
         inner: their steps for each batch; a reader that lags behind makes the bound useless.
@@ -93,7 +96,7 @@ class RepresentationDetachment(nn.Module):
             self.decoder = nn.Sequential(*layers)
 
     def forward(self, h: Tensor, z: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
-        """I(h; z) - keep_input · I(h; x) - keep_task · I(h; y), lower bounds in nats (per input number).
+        """I(h; z) in nats + keep_input · mean squared error (per input number) + keep_task · cross-entropy.
 
         A reader that does worse than guessing reads nothing: its bound counts as 0 and gives no gradient.
         """
@@ -131,8 +134,11 @@ def _information(output: Tensor, values: Tensor, attribute: Attribute) -> Tensor
 
 
 def _gaussian(output: Tensor, values: Tensor) -> Tensor:
-    """Mean squared error in units of the batch's variance."""
-    return (output - values).square().mean() / values.var(correction=0).clamp(min=1e-12)
+    """Mean squared error in units of the batch's variance; 1, which is guessing, where all are equal."""
+    variance = values.var(correction=0)
+    there = varies(values, variance)
+    error = (output - values).square().mean() / torch.where(there, variance.clamp(min=1e-12), 1.0)
+    return torch.where(there, error, 1.0)
 
 
 def _cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Projected gradient ascent on the leaving client (Halimi et al. 2022, arXiv 2207.05521).
 
-    w_ref = (N w - w_i) / (N - 1)          the global model less the client's own part
+    w_ref = (w - p w_i) / (1 - p)          the global model less the client's own part
     δ     = mean over random models of ‖w_ref - w_rand‖² / 3
     w     ← w + η ∇ loss, back into the ball ‖w - w_ref‖² ≤ δ, from w_ref;
             it stays where ‖w - w_i‖² first exceeds `far`
+
+p is the client's share of the weights in the mean that made w; the paper's (N w - w_i) / (N - 1) is the case
+of N clients that weigh alike and all take part.
 
 All distances are squared L2 norms over the parameters that train. Runs wholly on the model's device.
 """
@@ -25,9 +28,9 @@ def distance(left: Weights, right: Weights) -> Tensor:
     ).sum()
 
 
-def reference(w: Weights, own: Weights, clients: int) -> list[Tensor]:
-    """w_ref of a client with local model `own` among `clients` (at least 2)."""
-    return [(clients * a.detach() - b.detach()) / (clients - 1) for a, b in zip(w, own, strict=True)]
+def reference(w: Weights, own: Weights, share: float) -> list[Tensor]:
+    """w_ref of a client with local model `own` and this share (less than 1) of the weights in w."""
+    return [(a.detach() - share * b.detach()) / (1 - share) for a, b in zip(w, own, strict=True)]
 
 
 def projection(

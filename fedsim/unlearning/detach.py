@@ -26,6 +26,7 @@ from fedsim.errors import UserError
 #: widths of the Gaussian kernels, in units of the batch's mean squared distance
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _FLOOR = 1e-3  #: smallest variance of a feature that counts, as a part of the mean variance
+_ROUNDING = 1e-5  #: standard deviation, as a part of the largest value, that is no more than rounding
 
 
 @dataclass(frozen=True)
@@ -151,21 +152,37 @@ def group_means(h: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def usable(z: Tensor, attributes: tuple[Attribute, ...]) -> Tensor:
-    """Whether a batch has two groups of two samples (or two samples with a number): a boolean scalar."""
+    """Whether a batch has two groups of two samples (or two different numbers): a boolean scalar."""
     found = torch.zeros((), dtype=torch.bool, device=z.device)
     for column, attribute in enumerate(attributes):
         if attribute.groups:
             found = found | ((one_hot(z[:, column], attribute.groups).sum(0) >= 2).sum() >= 2)
         else:
-            found = found | torch.full_like(found, len(z) >= 2)
+            values = z[:, column]
+            found = found | varies(values, values.var(correction=0))
     return found
 
 
 def standardised(h: Tensor) -> Tensor:
-    """h - mean over the batch, divided by its standard deviation; near-constant features stay small."""
+    """h - mean over the batch, divided by its standard deviation; near-constant features stay small.
+
+    Zero, without a gradient, where all samples are equal: rounding has no standard deviation.
+    """
     centred = h - h.mean(0, keepdim=True)
     variance = centred.square().mean(0, keepdim=True)
-    return centred / (variance + _FLOOR * variance.mean() + 1e-12).sqrt()
+    scale = (variance + _FLOOR * variance.mean() + 1e-12).sqrt()
+    there = varies(h, variance)
+    return torch.where(there, centred, 0.0) / torch.where(there, scale, 1.0)
+
+
+def varies(x: Tensor, variance: Tensor) -> Tensor:
+    """Whether the samples of a batch differ by more than rounding: a boolean scalar, without a gradient.
+
+    Args:
+        x: [n, ...].
+        variance: of x over the batch.
+    """
+    return (variance.detach() > (_ROUNDING * x.detach().abs().amax(0)).square()).any()
 
 
 def gaussian_kernel(h: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fedsim.errors import UserError
 from fedsim.unlearning.moments import Floats, Moments
 
 _TOLERANCE = 1e-10  #: a correlation below this is none
+_CONSTANT = 1e-6  #: deviation of an attribute, as a part of its size, below which it is rounding
 _ROUNDING = 1e-4  #: what is left of a feature, as a part of its size, below which float32 tells z
 
 
@@ -73,7 +74,8 @@ def leace(moments: Moments) -> Erasure:
     root = np.where(alive, np.sqrt(np.where(alive, values, 1)), 0)
     inverse = np.where(alive, 1 / np.where(alive, root, 1), 0)
     whiten, unwhiten = (vectors * inverse) @ vectors.T, (vectors * root) @ vectors.T
-    scale = np.where(moments.deviation > 0, moments.deviation, 1)
+    varies = moments.deviation > _CONSTANT * np.sqrt(moments.zz / moments.count)
+    scale = np.where(varies, moments.deviation, np.inf)
     basis, strength, _ = np.linalg.svd(whiten @ moments.cross_covariance / scale, full_matrices=False)
     basis = basis * (strength > _TOLERANCE)
     left, right = np.zeros((width, columns)), np.zeros((columns, width))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,21 @@ Floats = NDArray[np.float64]
 _TINY = 1e-12
 
 
+class Power(TypedDict):
+    """What an attack reaches.
+
+    Attributes:
+        auc: 0.5 is no better than chance.
+        tpr: true positive rate at 1 % false positives; None where there are too few others to tell 1 %.
+    """
+
+    auc: float
+    tpr: float | None
+
+
 def attack(
     members: Floats, labels: NDArray[np.int64], others: Floats, other_labels: NDArray[np.int64]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Power]:
     """How well each attack tells members from others.
 
     Args:
@@ -34,9 +46,9 @@ def attack(
         other_labels: theirs [n].
 
     Returns:
-        attack -> `auc` (0.5: no better than chance) and `tpr` (true positive rate at 1 % false positives).
+        By attack.
     """
-    found = {}
+    found: dict[str, Power] = {}
     mine, theirs = scores(members, labels), scores(others, other_labels)
     for name, values in mine.items():
         found[name] = _figures(values, theirs[name])
@@ -76,9 +88,24 @@ def auc_error(members: int, others: int) -> float:
     return math.sqrt((members + others + 1) / (12 * members * others))
 
 
-def true_positives(members: Floats, others: Floats, rate: float = 0.01) -> float:
-    """Share of members above a threshold that at most `rate` of the others exceed."""
-    allowed = int(rate * len(others))
+def learnt_auc_error(members: int, others: int) -> float:
+    """Standard error of the AUC of `model` where nothing is to be learnt.
+
+    Out-of-fold scores of five networks vary more than those of a fixed attack: 1.1 to 1.45 times in
+    simulations (20 to 1000 members, 20 to 300 others), the more the fewer samples there are to learn from.
+    """
+    return (1.2 + 5 / min(members, others)) * auc_error(members, others)
+
+
+def true_positives(members: Floats, others: Floats, rate: float = 0.01) -> float | None:
+    """Share of members above a threshold that at most `rate` of the others exceed.
+
+    None where that is less than one of them (with a rate of 1 %, below 100 others): the smallest rate that
+    can be measured is one sample's.
+    """
+    allowed = int(rate * len(others) + 1e-9)
+    if allowed < 1:
+        return None
     threshold = np.sort(others)[::-1][allowed]
     return float((members > threshold).mean())
 

@@ -75,7 +75,8 @@ class Probe(nn.Module):
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
         """Fix what features are divided by; constant ones stay what they are."""
         self.mean.copy_(mean)
-        self.scale.copy_(torch.where(deviation > 1e-6 * deviation.max(), deviation, 1))
+        rounding = 1e-6 * torch.maximum(deviation.max(), mean.abs())
+        self.scale.copy_(torch.where(deviation > rounding, deviation, 1))
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits [n, groups] for h [n, d]."""
@@ -152,7 +153,7 @@ def attack(
     if not groups:
         middle = train_z.median()
         if not (train_z > middle).any():  # more than half of them are the largest
-            middle = train_z[train_z < middle].max()
+            middle = train_z[train_z < middle].max() if (train_z < middle).any() else middle
         train_z, test_z, groups = (train_z > middle).float(), (test_z > middle).float(), 2
     train_h, codes = train_h[train_z >= 0], train_z[train_z >= 0].long()
     test_h, wanted = test_h[test_z >= 0], test_z[test_z >= 0].long()

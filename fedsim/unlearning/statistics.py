@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedsim.data.attributes import Attribute
 from fedsim.errors import UserError
-from fedsim.unlearning.detach import group_means, one_hot, same_block
+from fedsim.unlearning.detach import group_means, one_hot, same_block, varies
 
 
 class GroupStatistics(nn.Module):
@@ -80,6 +80,7 @@ class GroupStatistics(nn.Module):
         means, count = group_means(h, self.cells(z))
         variance = (h - h.mean(0)).square().mean(0).detach()
         scale = variance + 1e-3 * variance.mean() + 1e-12
+        scale = torch.where(varies(h, variance), scale, torch.inf)  # equal samples have no unit
         apart = ((means[:, None] - self._means[None, :]).square() / scale).mean(2)
         lacking = (count == 0).float() * self._there
         pairs = self.same * (count > 0).float()[:, None] * lacking[None, :]

@@ -64,6 +64,19 @@ def test_the_loop_equals_a_plain_pytorch_loop() -> None:
     assert metrics["loss"] == pytest.approx(sum(losses) / (2 * len(rows)), rel=1e-6)
 
 
+@pytest.mark.parametrize("change", [{"steps": 1}, {"steps": 40}, {"epochs": 0.25}, {"epochs": 3.0}])
+def test_examples_are_what_a_client_has_whatever_its_steps_take(change: dict[str, Any]) -> None:
+    """n_k of FedAvg: not the samples of a few steps, in which clients of all sizes are alike."""
+    task = build(tiny("partition.name=dirichlet", "partition.alpha=0.3", "partition.shots=30"))
+    sizes = task.data.partition.sizes()
+    assert len(set(sizes.tolist())) > 1
+    for client in (int(sizes.argmin()), int(sizes.argmax())):
+        rows, recipe = task.data.client(client), replace(RECIPE, **change)
+        said = fit(task, rows, recipe, sgd(task), back_propagation, lr_scale=1.0, proximal_mu=0.0)
+        assert said["num-examples"] == len(rows) == sizes[client]
+        assert said["samples"] == sum(len(part) for part in batches(len(rows), recipe))
+
+
 def test_proximal_term_is_the_gradient_of_the_penalty() -> None:
     """One SGD step with µ: w₁ = w₀ − lr·g; second step adds µ(w₁ − w₀)."""
     task = build(tiny())

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from fedsim.data.sources import DIGIT_WORDS, digits
 from fedsim.errors import UserError
-from fedsim.models.base import Classifier, DataInfo
-from fedsim.models.clip import TINY_WEIGHTS, export_open_clip, load_tiny_clip, tiny_clip
+from fedsim.models.base import Classifier, DataInfo, directions
+from fedsim.models.clip import TINY_WEIGHTS, cosine_logits, export_open_clip, load_tiny_clip, tiny_clip
 from fedsim.models.tuning import bias
 
 DATA = DataInfo(DIGIT_WORDS, (1, 8, 8))
@@ -119,3 +119,18 @@ def test_classes_that_the_text_tower_cannot_tell_apart_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         tiny_clip(DataInfo(classes, (1, 8, 8)))
+
+
+def test_a_zero_vector_has_no_direction_and_a_bounded_gradient() -> None:
+    """Features of a blank image may all be 0: a smallest length of 1e-12 made gradients of 1e12."""
+    features = torch.randn(4, 6)
+    features[1] = 0
+    features.requires_grad_()
+    text = torch.randn(3, 6)
+    logits = cosine_logits(features, text, torch.tensor(2.0))
+    assert logits[1].tolist() == [0, 0, 0]
+    functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+    assert features.grad is not None
+    assert features.grad.abs().max() < 10
+    ordinary = torch.randn(5, 6)
+    assert torch.equal(directions(ordinary), functional.normalize(ordinary, dim=-1))

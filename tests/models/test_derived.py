@@ -67,14 +67,14 @@ def test_last_bits_of_text_features_do_not_matter_and_what_they_are_made_of_does
 
 
 def test_prompts_cover_the_text_tower_but_not_what_was_computed_with_it() -> None:
-    """The tower is compared bit by bit; the features of the untrained prompt are not."""
+    """The tower is compared bit by bit; the text features of the captions are not."""
 
     def made() -> Classifier:
         torch.manual_seed(0)
         return prompt_low_rank(tiny_clip(DIGITS), tokens=2)
 
     first = digest(made())
-    assert digest(nudged(made(), "head.origin")) == first
+    assert digest(nudged(made(), "head.caption")) == first
     assert digest(nudged(made(), "head.fixed")) != first
     tower = next(name for name in made().state_dict() if name.endswith("attn.in_proj_weight"))
     assert digest(nudged(made(), tower)) != first

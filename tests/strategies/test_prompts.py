@@ -18,6 +18,7 @@ from fedsim.building import build
 from fedsim.export import export, load_model
 from fedsim.finish import resume
 from fedsim.hooks import Hook
+from fedsim.models.clip import tiny_clip
 from fedsim.models.personal_prompts import FolioHead, LowRankHead
 from fedsim.models.prompt import PromptHead
 from tests.helpers import StopAt, run, tiny
@@ -240,6 +241,28 @@ def test_the_mixture_of_promptfolio() -> None:
     torch.testing.assert_close(head.class_features(), 0.6 * shared + 0.4 * own)
 
 
+@pytest.mark.parametrize(
+    ("template", "overrides"),
+    [
+        ("a photo of a {}", ()),
+        ("a photo of a {}", ("seed=7",)),
+        ("a photo of a {}", ("tuning.tokens=2", "tuning.init=the number")),
+        ("the {}", ("model.template=the {}",)),
+    ],
+)
+def test_the_positive_of_fedpgp_is_the_text_of_the_fixed_caption(
+    template: str, overrides: tuple[str, ...]
+) -> None:
+    """Whatever the prompt starts from."""
+    task = build(experiment("fedpgp", *overrides))
+    head = task.model.head
+    assert isinstance(head, LowRankHead)
+    assert torch.equal(head.caption, tiny_clip(task.data.info, template=template).head.weight)
+    untrained = head.text_features(head.context)
+    assert functional.cosine_similarity(untrained, head.caption).min() < 0.999
+    assert "head.caption" not in task.initial_payload()
+
+
 def test_the_loss_of_fedpgp() -> None:
     task = build(experiment("fedpgp", "tuning.mu=0.5"))
     head = task.model.head
@@ -251,7 +274,7 @@ def test_the_loss_of_fedpgp() -> None:
         functional.normalize(x, dim=-1)
         for x in (
             head.text_features(head.context),
-            head.origin,
+            head.caption,
             head.text_features(head.context + head.left @ head.right),
         )
     )

@@ -204,7 +204,7 @@ def test_the_leaving_client_climbs_alone(trained: Result, tmp_path: Path) -> Non
     experiment = unlearn(
         trained,
         "rounds=2",
-        edit={"name": "pga", "lr": 0.05, "epochs": 2.0, "far": 1e9},
+        edit={"name": "pga", "lr": 0.05, "epochs": 2.0, "far": 1e9, "shares": [0.25]},
         kind="client",
         targets=[2],
     ).document()

@@ -12,6 +12,7 @@ from fedsim.errors import UserError
 from fedsim.unlearning import DETACHERS
 from fedsim.unlearning.adversaries import RepresentationDetachment
 from fedsim.unlearning.detach import SCALES, Covariance, Mmd, Space, standardised, usable
+from fedsim.unlearning.statistics import GroupStatistics
 
 BINARY, TRIPLE, NUMBER = Attribute("b", ("no", "yes")), Attribute("t", ("x", "y", "z")), Attribute("n")
 
@@ -165,3 +166,70 @@ def test_a_number_is_refused_where_groups_are_compared(name: str) -> None:
 def test_token_ids_cannot_be_reconstructed() -> None:
     with pytest.raises(UserError, match="keep_input = 0"):
         RepresentationDetachment(Space((BINARY,), 6, 3, 0))
+
+
+# -------------------------------------------------------------------------- batches that say nothing
+
+
+@pytest.mark.parametrize("name", ["mmd", "covariance", "gradient-reversal", "representation-detachment"])
+def test_equal_samples_push_nobody_far(name: str) -> None:
+    """Blank images: every row of h is the same but for rounding, which no standard deviation may blow up."""
+    detacher = make(name, BINARY)
+    _, z, labels, inputs = batch(32)
+    h = torch.full((32, 6), 0.7) + 1e-7 * torch.randn(32, 6)
+    h.requires_grad_()
+    penalty = detacher(h, z, labels, inputs)
+    if penalty.requires_grad:
+        penalty.backward()
+    assert penalty.isfinite()
+    assert h.grad is None or h.grad.abs().max() < 1
+    assert standardised(h).abs().max() == 0
+
+
+def test_a_batch_whose_numbers_are_all_equal_teaches_a_reader_nothing() -> None:
+    detacher = RepresentationDetachment(space(NUMBER), keep_input=0.0, keep_task=0.0)
+    h, _, labels, inputs = batch(8)
+    h.requires_grad_()
+    z = torch.full((8, 1), 41.0)
+    assert not usable(z, (NUMBER,))
+    assert usable(z + torch.arange(8.0)[:, None], (NUMBER,))
+    assert not usable(z[:1], (NUMBER,))
+    loss = detacher.auxiliary_loss(h.detach(), z, labels, inputs)
+    loss.backward()
+    gradients = [p.grad.abs().max() for p in detacher.parameters() if p.grad is not None]
+    assert all(g == 0 for g in gradients)
+    assert detacher(h, z, labels, inputs).item() == 0
+    assert loss.item() == 1  # as good as guessing
+
+
+def test_features_beside_a_constant_one_are_standardised_as_ever() -> None:
+    torch.manual_seed(0)
+    h = 1e-3 * torch.randn(50, 3) * torch.tensor([1.0, 1.0, 0.0]) + torch.tensor([0.0, 0.0, 50.0])
+    assert standardised(h)[:, :2].std(0, correction=0).min() > 0.99
+
+
+def test_group_statistics_pull_equal_samples_nowhere() -> None:
+    """They have no variance to measure the server's means in."""
+    statistics = GroupStatistics((BINARY,), 4)
+    statistics.sums[1], statistics.shares[1] = 3.0, 0.5
+    statistics.begin()
+    z = torch.zeros(5, 1)
+    equal = torch.ones(5, 4).requires_grad_()
+    pull = statistics.penalty(equal, z)
+    pull.backward()
+    assert pull.item() == 0
+    assert equal.grad is not None
+    assert equal.grad.abs().max() == 0
+    assert statistics.penalty(torch.randn(5, 4), z).item() > 1
+
+
+def test_kept_terms_are_a_squared_error_and_a_cross_entropy() -> None:
+    """The docstring's units: nats for z, squared units of the input for x, a cross-entropy for y."""
+    h, z, labels, inputs = batch(30)
+    detacher = RepresentationDetachment(space(BINARY), keep_input=1.0, keep_task=0.0)
+    assert detacher.decoder is not None
+    plain = RepresentationDetachment(space(BINARY), keep_input=0.0, keep_task=0.0)
+    plain.readers.load_state_dict(detacher.readers.state_dict())
+    kept = detacher(h, z, labels, inputs) - plain(h, z, labels, inputs)
+    error = (detacher.decoder(h) - inputs).square().mean()
+    assert kept.item() == pytest.approx(error.item(), abs=1e-6)

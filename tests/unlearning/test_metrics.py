@@ -87,8 +87,20 @@ def test_edits_of_what_is_frozen_or_missing_are_refused() -> None:
 def test_the_reference_is_the_global_model_without_one_client() -> None:
     own, other = torch.tensor([4.0, 0.0]), torch.tensor([1.0, 3.0])
     mean = (own + 3 * other) / 4
-    assert ascent.reference([mean], [own], 4)[0].tolist() == pytest.approx(other.tolist())
+    assert ascent.reference([mean], [own], 1 / 4)[0].tolist() == pytest.approx(other.tolist())
     assert ascent.distance([own, mean], [other, mean]).item() == pytest.approx(18.0)
+
+
+def test_the_reference_is_the_mean_of_the_others_whatever_everybody_weighs() -> None:
+    """Shares 0.6 and 4 x 0.1: taken for one of five alike, the big client would stay in by half."""
+    torch.manual_seed(0)
+    models, shares = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]).double()
+    mean = shares @ models
+    for client in range(5):
+        others = [k for k in range(5) if k != client]
+        expected = shares[others] @ models[others] / shares[others].sum()
+        [found] = ascent.reference([mean], [models[client]], shares[client].item())
+        torch.testing.assert_close(found, expected)
 
 
 def test_steps_stay_in_the_ball_and_end_far_from_home() -> None:

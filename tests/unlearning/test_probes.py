@@ -61,6 +61,18 @@ def test_unknown_values_and_a_single_group_are_no_attack() -> None:
     assert math.isnan(found.information)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_number_and_constant_features_are_no_attack(kind: Kind) -> None:
+    h = torch.randn(60, 4)
+    found = attack(kind, h, torch.full((60,), 7.0), h, torch.full((60,), 7.0), 0)
+    assert (found.accuracy, found.chance) == (0.5, 0.5)
+    codes = torch.arange(60).float() % 2
+    flat = torch.full((60, 4), 0.3) + 1e-8 * h  # rounding, which is not to be divided by its deviation
+    blind = attack(kind, flat, codes, flat + torch.tensor([0.1, 0, 0, 0]), codes, 2)
+    assert blind.accuracy == 0.5
+    assert abs(blind.information) < 0.1
+
+
 def test_a_probe_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
