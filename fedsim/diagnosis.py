@@ -35,10 +35,8 @@ def odd_losses(metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:
 
 def of_losses(server_round: int, clients: Sequence[int], metrics: Mapping[int, Mapping[str, Any]]) -> str:
     """A line that names clients whose loss is no number although their weights are finite."""
-    names = ", ".join(map(str, clients[:10])) + (
-        f" and {len(clients) - 10} more" if len(clients) > 10 else ""
-    )
-    who = f"client{'s' if len(clients) > 1 else ''} {names}"
+    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    who = f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients[:10]))}{more}"
     skipped = any(metrics[client].get(messages.SKIPPED) for client in clients)
     why = (
         f"fp16 left out steps whose gradients overflowed: {_CURE}"
@@ -53,6 +51,6 @@ def of_losses(server_round: int, clients: Sequence[int], metrics: Mapping[int, M
 def of_skipped_steps(history: Sequence[Mapping[str, Any]]) -> str | None:
     """A line for a run of whose steps fp16's loss scaling left out every one; None where some were taken."""
     shares = [row[key] for row in history if (key := f"train_{messages.SKIPPED}") in row]
-    if not shares or min(shares) < 1:
+    if not shares or min(shares) < 1 - 1e-9:  # means over clients, which round
         return None
     return f"nothing was trained: fp16 left out every step, because all gradients overflowed; {_CURE}"

@@ -206,7 +206,9 @@ def _share(plan: Plan, client: int) -> float:
     for run in (plan.origin.run, plan.origin.root):
         rounds: dict[int, dict[int, float]] = {}
         for row in run.client_rows():
-            if row["phase"] == "train" and "error" not in row and row["client"] not in gone:
+            if row["phase"] != "train" or "error" in row or row["client"] in gone:
+                continue
+            if row.get(messages.EXAMPLES) is not None:  # else the reply was refused
                 weights = rounds.setdefault(row["round"], {})
                 weights[row["client"]] = messages.weight_of(row, weighting)
         totals = [(weights.get(client, 0.0), sum(weights.values())) for weights in rounds.values()]

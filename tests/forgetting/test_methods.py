@@ -29,7 +29,8 @@ def plan(folder: Path, rounds: list[dict[int, Any]], *overrides: str, ids: tuple
 
 
 def test_only_those_who_took_part_count_by_their_examples(tmp_path: Path) -> None:
-    rounds = [{0: 10, 1: 10, 2: 60}, {1: 40, 2: 60, 3: {"error": "out of memory"}}, {0: 10, 3: 10}]
+    refused = {"error": "out of memory"}, {"num-examples": None}
+    rounds = [{0: 10, 1: 10, 2: 60}, {1: 40, 2: 60, 3: refused[0], 4: refused[1]}, {0: 10, 3: 10}]
     assert _share(plan(tmp_path, rounds), 2) == 0.6
     assert _share(plan(tmp_path, rounds), 0) == 0.5
 
