@@ -194,4 +194,3 @@ def patch_count(shape: tuple[int, ...], wanted: int) -> int:
         "its heads see it whole (n = 1)"
     )
     return 1
-

@@ -103,7 +103,9 @@ def test_where_nothing_can_be_joined_the_fix_is_named(count: int, recipe: Recipe
 
 def test_maps_of_one_pixel_under_instance_norm_are_named() -> None:
     task = build(tiny(model={"name": "tests.odd_models:one_pixel", "norm": "instance"}))
-    with pytest.raises(UserError, match=r"InstanceNorm in this model gets maps of one pixel.*larger\s+images"):
+    with pytest.raises(
+        UserError, match=r"InstanceNorm in this model gets maps of one pixel.*larger\s+images"
+    ):
         trained(task, 16)
 
 
