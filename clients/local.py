@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class LocalClient:
             groups: list[dict[str, Any]] = [{"params": others}, {"params": scales, "weight_decay": 0.0}]
             self._tools[learner] = self.make_tool([group for group in groups if group["params"]])
         self._meter = StepMeter(self.task.device)
-        return self._tools[learner], self._step
+        return self._tools[learner], WindowStep(learner, self._tools[learner], self._meter)
 
     def end(self, context: Context) -> dict[str, Any]:
         """Put the client's auxiliary parameters away; its metrics."""
@@ -84,17 +85,30 @@ class LocalClient:
         names = [n for n in whole if not n.startswith(messages.OPTIONAL) or n in mine]
         return ArrayRecord({name: whole[name] for name in names})
 
-    def _step(self, task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
-        learner = self.local.learner
-        if not learner.accepts(len(inputs)):
-            # the last batch may be a single sample: twice the same has the same mean loss, and sends no
-            # gradient through BatchNorm over vectors
-            inputs, labels = (torch.cat([x, x]) for x in (inputs, labels))
-        with self._meter.step(lambda: self._held(learner, inputs, labels)):
-            return learner.gradients(inputs, labels, task.backward)
 
-    def _held(self, learner: LocallySupervised, inputs: Tensor, labels: Tensor) -> list[Tensor]:
+@dataclass(frozen=True)
+class WindowStep:
+    """The step of a client that trains window by window."""
+
+    learner: LocallySupervised
+    tool: Tool
+    meter: StepMeter
+
+    def __call__(self, task: Task, inputs: Tensor, labels: Tensor) -> Tensor:
+        """See `training.Step`."""
+        with self.meter.step(lambda: self._held(task, inputs, labels)):
+            return self.learner.gradients(inputs, labels, task.backward)
+
+    def trial(self, task: Task, inputs: Tensor, labels: Tensor) -> None:
+        """Forward passes of all windows; copies that follow the model are put back."""
+        before = {name: value.clone() for name, value in self.learner.auxiliary.state_dict().items()}
+        try:
+            self.learner.gradients(inputs, labels, lambda loss: None)
+        finally:
+            self.learner.auxiliary.load_state_dict(before)
+
+    def _held(self, task: Task, inputs: Tensor, labels: Tensor) -> list[Tensor]:
         """Everything of this client that is there before the step."""
-        state = self._tools[learner].state.values()
+        state = self.tool.state.values()
         tensors = [v for entry in state for v in entry.values() if isinstance(v, Tensor)]
-        return [*learner.parameters(), *learner.buffers(), *tensors, *self.task.anchors, inputs, labels]
+        return [*self.learner.parameters(), *self.learner.buffers(), *tensors, *task.anchors, inputs, labels]

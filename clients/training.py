@@ -11,6 +11,10 @@ model's device (no `.item()`), so that it also runs on `meta` tensors. A step th
     batch(task, rows) -> tensors      what it takes, instead of inputs and labels
     begin(task, config)               before the first batch of a round, after the state is loaded
     end(task) -> metrics              after the last one, before the state is sent
+    trial(task, *tensors)             its forward passes alone, where they are others than the network's
+
+BatchNorm cannot normalise a single value a channel. Where that makes a batch of one sample impossible, a sample
+that an epoch leaves over joins the batch before it.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -29,11 +35,15 @@ from torch import Tensor
 
 from clients.local import LocalClient
 from fedsim import messages
-from fedsim.errors import UserError
+from fedsim.errors import UserError, warn_once
 from fedsim.models.base import set_train_mode
 from fedsim.optimizers import make_optimizer
 from fedsim.ranges import Count, NonNegative, Positive
 from fedsim.task import Task
+
+#: how torch says that a norm has a single value to normalise: a channel of a batch, or a map
+_ONE_VALUE = "Expected more than 1 value per channel when training"
+_ONE_PIXEL = "Expected more than 1 spatial element when training"
 
 PERSONAL = "personal"  #: key of the personal part in `context.state`
 
@@ -84,7 +94,8 @@ def make(
         optimizer: `sgd` or `adamw`; its state starts empty in every round.
         momentum: of `sgd`.
         weight_decay: L2 term of `sgd`, decoupled decay of `adamw`.
-        batch_size: samples a step.
+        batch_size: samples a step; where BatchNorm cannot take a last batch of one sample, that sample joins the
+            batch before.
         epochs: local epochs a round; fractions are rounded to whole steps.
         steps: exact number of local steps a round instead of `epochs`.
         clip: largest global gradient norm (0: no clipping).
@@ -189,10 +200,13 @@ def fit(
     total = torch.zeros((), dtype=torch.float64, device=task.device)
     seen = steps = skipped = 0
     take = getattr(step, "batch", Task.train_batch)
-    for batch in batches(len(rows), recipe):
+    joins = _leaves_one(len(rows), recipe) and not _takes_one(task, rows, step)
+    if joins:
+        _check_joinable(len(rows), recipe)
+    for batch in batches(len(rows), recipe, joins=joins):
         tensors = take(task, rows[batch])
         optimizer.zero_grad(set_to_none=True)
-        with task.compute.autocast():
+        with task.compute.autocast(), _explained():
             loss = step(task, *tensors)
         task.scaler.unscale_(optimizer)
         for parameter, anchor in anchors:
@@ -214,17 +228,87 @@ def fit(
     return found | {messages.SKIPPED: skipped / steps} if task.scaler.is_enabled() else found
 
 
-def batches(count: int, recipe: Recipe) -> Iterator[np.ndarray]:
-    """Positions of each batch: reshuffled every epoch by torch's generator, cut after the last step."""
-    per_epoch = math.ceil(count / recipe.batch_size)
-    left = recipe.steps or max(1, round(recipe.epochs * per_epoch))
+def batches(count: int, recipe: Recipe, *, joins: bool = False) -> Iterator[np.ndarray]:
+    """Positions of each batch: reshuffled every epoch by torch's generator, cut after the last step.
+
+    Args:
+        count: samples of the client.
+        recipe: how many to a batch, and for how long.
+        joins: a sample that an epoch leaves over joins the batch before it.
+    """
+    starts = list(range(0, count - joins, recipe.batch_size))
+    left = _steps(recipe, len(starts))
     while left > 0:
         order = torch.randperm(count).numpy()
-        for start in range(0, count, recipe.batch_size):
+        for start, stop in pairwise([*starts, count]):
             if left == 0:
                 return
             left -= 1
-            yield order[start : start + recipe.batch_size]
+            yield order[start:stop]
+
+
+def _steps(recipe: Recipe, per_epoch: int) -> int:
+    return recipe.steps or max(1, round(recipe.epochs * per_epoch))
+
+
+def _leaves_one(count: int, recipe: Recipe) -> bool:
+    """Whether some batch has a single sample."""
+    per_epoch = math.ceil(count / recipe.batch_size)
+    alone = count - (per_epoch - 1) * recipe.batch_size == 1
+    return alone and (_steps(recipe, per_epoch) >= per_epoch or recipe.batch_size == 1)
+
+
+def _takes_one(task: Task, rows: np.ndarray, step: Step) -> bool:
+    """Whether the model can train on one sample; tried without a trace."""
+    take = getattr(step, "batch", Task.train_batch)
+    trial = getattr(step, "trial", None) or (lambda task, inputs, *_: task.network(inputs))
+    devices = [task.device] if task.device.type == "cuda" else []
+    with torch.no_grad(), task.untouched(), torch.random.fork_rng(devices), task.compute.autocast():
+        try:
+            trial(task, *take(task, rows[:1]))
+        except UserError:  # auxiliary heads say it themselves
+            return False
+        except ValueError as error:
+            if not str(error).startswith(_ONE_VALUE):
+                raise
+            return False
+    return True
+
+
+def _check_joinable(count: int, recipe: Recipe) -> None:
+    """Say that a sample joins the batch before, or that there is none.
+
+    Raises:
+        UserError: the client has a single sample, or batches of one.
+    """
+    if count == 1:
+        raise UserError(
+            "this client has 1 training sample, and BatchNorm needs 2 of them: give every client 2 or more "
+            "([partition] min_samples = 2, or fewer clients), or choose a model without BatchNorm"
+        )
+    if recipe.batch_size == 1:
+        raise UserError(
+            "batch_size = 1, but this model's BatchNorm needs 2 samples a batch: set client.batch_size = 2 or more, or "
+            "choose a model without BatchNorm"
+        )
+    warn_once(
+        "where BatchNorm needs 2 samples and an epoch leaves 1 over (n mod client.batch_size = 1), that sample joins "
+        "the batch before it"
+    )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Maps of one pixel leave InstanceNorm nothing to normalise, whatever the batch."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(_ONE_PIXEL):
+            raise
+        raise UserError(
+            f"InstanceNorm in this model gets maps of one pixel, of which nothing is left ({error}): use larger "
+            "images, fewer strides, or another norm"
+        ) from error
 
 
 def _told(step: Step, event: str, *arguments: Any) -> Any:

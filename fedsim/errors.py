@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 
 _SHOWN = 20
 
@@ -31,6 +33,12 @@ def close_to(word: str, known: Iterable[str]) -> str | None:
     plain = {name.lower(): name for name in sorted(known)}
     found = get_close_matches(word.lower(), plain, n=1, cutoff=0.5)
     return plain[found[0]] if found else None
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Say something that the user should know, once a process."""
+    logging.getLogger("fedsim").warning(text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -73,6 +73,7 @@ def export(run: Run, out: Path) -> dict[str, Any]:
         "classes": info.classes,
         "sample_shape": info.sample_shape,
         "dtype": info.dtype,
+        "padding": info.padding,
         "attributes": [[attribute.name, attribute.values] for attribute in info.attributes],
         "folders": experiment.folders,
     }
@@ -129,7 +130,8 @@ def load_model(folder: str | os.PathLike[str]) -> Classifier:
     experiment = config.from_tables(config.read(path), source=str(path), folders=about["folders"])
     attributes = tuple(Attribute(name, tuple(values)) for name, values in about["attributes"])
     shape = tuple(about["sample_shape"])
-    model = build_model(experiment, DataInfo(tuple(about["classes"]), shape, attributes, about["dtype"]))
+    info = DataInfo(tuple(about["classes"]), shape, attributes, about["dtype"], padding=about.get("padding"))
+    model = build_model(experiment, info)
     model.load_state_dict(tensors)
     model.eval()
     return model

@@ -13,7 +13,8 @@ that are replaced (the optimiser holds the old ones), and whatever a module regi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,20 @@ class Resident:
                 home.copy_(self.initial[name])
                 self._versions[name] = home._version
 
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever runs inside leaves no trace in entries that a client may change."""
+        held = self._places | self._aside
+        before = [(place, place.tensor, _copy(place.tensor)) for place in held.values()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for place, tensor, values in before:
+                    place.table[place.key] = tensor
+                    if tensor is not None and values is not None:
+                        tensor.copy_(values)
+
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Entries as they are now, no copies.
 
@@ -185,6 +200,10 @@ class Resident:
                 raise _late(next((key for key, child in children.items() if child not in known), "a module"))
         if list(map(len, self._tables)) != self._sizes:
             raise _late(min(places(self._model).keys() ^ self._names, default="a module"))
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
 
 
 def _version(tensor: Tensor | None) -> int:

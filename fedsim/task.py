@@ -7,6 +7,7 @@ changing entry back, so nothing of one client is left for the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,10 @@ class Task:
             UserError: the model changed in a way that cannot be undone (`fedsim/resident.py`).
         """
         self._resident.reset()
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Whatever runs inside leaves no trace in the model's state."""
+        return self._resident.untouched()
 
     def load(self, shared: ArrayRecord, personal: ArrayRecord | None = None) -> None:
         """Reset the model, then overwrite the shared part and, if there is one, the personal part.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fedsim.models.base import Classifier, DataInfo
+from fedsim.models.base import Classifier, DataInfo, Unit, run_units
 
 WIDTH = 6
 
@@ -150,3 +150,33 @@ class Float(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float() / 16
+
+
+class Stack(nn.Module):
+    """Units for `[local]`: a layer with BatchNorm over vectors each."""
+
+    def __init__(self, size: int, norm: str) -> None:
+        super().__init__()
+        make_norm = {"batch": nn.BatchNorm1d, "none": nn.Identity}[norm]
+        self.stem = nn.Sequential(nn.Flatten(), Float(), nn.Linear(size, WIDTH), make_norm(WIDTH))
+        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), make_norm(WIDTH), nn.ReLU())
+        self.top = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+
+    def units(self) -> list[Unit]:
+        return [Unit((name,), self.get_submodule(name)) for name in ("stem", "block", "top")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_units(self.units(), x)
+
+
+def stack(data: DataInfo, /, *, norm: str = "batch") -> Classifier:
+    """A backbone in three units."""
+    return Classifier(Stack(math.prod(data.sample_shape), norm), nn.Linear(WIDTH, len(data.classes)))
+
+
+def one_pixel(data: DataInfo, /, *, norm: str) -> Classifier:
+    """A convolution over the whole image, and a norm of what is left: one pixel."""
+    channels, *_, side = data.sample_shape
+    norms = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
+    backbone = nn.Sequential(Float(), nn.Conv2d(channels, WIDTH, side), norms[norm](WIDTH), nn.Flatten())
+    return Classifier(backbone, nn.Linear(WIDTH, len(data.classes)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from fedsim.data.needs import needs
 from fedsim.data.sources import UNDIVIDED, Array, Arrays, Integers, fixed_subset, stratified
 from fedsim.errors import UserError
 from fedsim.ranges import Count
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION = (
@@ -82,9 +85,9 @@ def sentiment(
     each domain is the test set. The domains (groups 0 to 3, in this order) differ in size and class mix.
 
     Args:
-        tokenizer: whose token ids: "minilm", or a folder with the tokenizer.json of another encoder, whose
-            padding must be 0.
-        max_tokens: length of every row: longer sentences are cut, shorter ones padded with 0.
+        tokenizer: whose token ids: "minilm", or a folder with the tokenizer.json of another encoder.
+        max_tokens: length of every row: longer sentences are cut, shorter ones padded with the tokenizer's own
+            padding token.
         train_samples: a fixed subset of so many training sentences, stratified by domain and class.
         test_samples: the same for the test sentences.
 
@@ -99,34 +102,61 @@ def sentiment(
     y, domain = (rating[clear] > 0).astype(np.int64), domain[clear]
     texts = [sentences["text"][position] for position in clear]
     folder = assets.path(tokenizer) if tokenizer in ASSETS else Path(tokenizer).expanduser()
-    x, vocabulary = _tokenised(texts, folder, max_tokens)
+    x, vocabulary, padding = _tokenised(texts, folder, max_tokens)
     cells = 2 * domain + y
     test = stratified(cells, _TEST_FRACTION, seed=0)
     train = np.setdiff1d(np.arange(len(y)), test)
     train = train[fixed_subset(cells[train], train_samples, "train_samples")]
     test = test[fixed_subset(cells[test], test_samples, "test_samples")]
     classes = ("negative", "positive")
-    return Arrays(x[train], y[train], x[test], y[test], classes, domain[train], vocabulary=vocabulary)
+    return Arrays(
+        x[train],
+        y[train],
+        x[test],
+        y[test],
+        classes,
+        domain[train],
+        vocabulary=vocabulary,
+        padding=padding,
+    )
 
 
-def _tokenised(texts: list[str], folder: Path, length: int) -> tuple[Array, int]:
-    """Token ids int32 [n, length], and how many words the tokenizer has."""
+def _tokenised(texts: list[str], folder: Path, length: int) -> tuple[Array, int, int]:
+    """Token ids int32 [n, length], how many words the tokenizer has, and which of them pads."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"[data] tokenizer: there is no {file}")
     tokenizer = Tokenizer.from_file(str(file))
-    zero = str(tokenizer.id_to_token(0))
-    if "pad" not in zero.lower():
-        raise UserError(
-            f"[data] tokenizer: in {file} word 0 is '{zero}'; fedsim pads with 0, where [PAD] must be"
-        )
+    pad = _padding(tokenizer, folder)
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=0)
+    tokenizer.enable_padding(length=length, pad_id=pad)
     # one by one: a batch would start threads, and a process with threads must not be forked
     ids = np.array([tokenizer.encode(text).ids for text in texts], np.int32)
-    return ids, tokenizer.get_vocab_size()
+    return ids, tokenizer.get_vocab_size(), pad
+
+
+def _padding(tokenizer: Tokenizer, folder: Path) -> int:
+    """The token id that pads: as the tokenizer says, the files beside it, or the usual names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if tokenizer.padding is not None:
+        return int(tokenizer.padding["pad_id"])
+    names = ["[PAD]", "<pad>"]
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            said = json.loads((folder / name).read_text("utf-8")).get("pad_token")
+            names[:0] = [said["content"] if isinstance(said, dict) else said] if said else []
+    found = next((n for n in map(tokenizer.token_to_id, names) if n is not None), None)
+    if found is None:
+        raise UserError(
+            f"[data] tokenizer: {folder / 'tokenizer.json'} has no padding token (looked for {', '.join(names)}); "
+            'name one of its words in tokenizer_config.json beside it: {"pad_token": "WORD"}'
+        )
+    return found
 
 
 #: columns of the census that are numbers, and what they are divided by

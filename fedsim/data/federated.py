@@ -68,7 +68,12 @@ class FederatedData:
         x = self.arrays.train_x
         arrays = self.arrays
         return DataInfo(
-            arrays.classes, tuple(x.shape[1:]), arrays.attributes, str(x.dtype), vocabulary=arrays.vocabulary
+            arrays.classes,
+            tuple(x.shape[1:]),
+            arrays.attributes,
+            str(x.dtype),
+            vocabulary=arrays.vocabulary,
+            padding=arrays.padding,
         )
 
     @property

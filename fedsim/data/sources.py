@@ -48,6 +48,7 @@ class Arrays:
         test_z: the same for the test samples [m, attributes].
         digest: sha256 over the content, in hex (computed when left out).
         vocabulary: words of the tokenizer that the token ids are from, or None.
+        padding: the token id that this tokenizer pads with, or None.
         notes: what the reader decided, skipped and found odd, a line each (not part of the digest).
         ranges: which stored values were taken as black and white, one per dtype (not part of the digest).
     """
@@ -63,6 +64,7 @@ class Arrays:
     test_z: Column | None = None
     digest: str = field(default="")
     vocabulary: int | None = None
+    padding: int | None = None
     notes: tuple[str, ...] = ()
     ranges: tuple[ValueRange, ...] = ()
 

@@ -9,22 +9,19 @@ depth. Its decoders have seen raw images: they never leave a client.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsim.errors import warn_once
 from fedsim.local_learning.chain import Chain
 from fedsim.local_learning.heads import Decoder, joined, patches
 from fedsim.local_learning.windows import Auxiliary, Backward, Batch, backward_of
 from fedsim.models.base import directions, to_unit
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-log = logging.getLogger("fedsim")
 
 
 class Whole:
@@ -192,13 +189,8 @@ def patch_count(shape: tuple[int, ...], wanted: int) -> int:
     room = min(shape[1:]) if len(shape) == 3 else shape[0] // wanted if len(shape) == 2 else 0
     if wanted == 1 or room >= 2 * wanted:
         return wanted
-    _say_once(
+    warn_once(
         f"hpff: what passes here ({list(shape)}) is too small for {wanted}x{wanted} patches: "
         "its heads see it whole (n = 1)"
     )
     return 1
-
-
-@cache
-def _say_once(text: str) -> None:
-    log.warning(text)

@@ -42,6 +42,7 @@ class DataInfo:
         dtype: of the inputs as stored: uint8, int32 (token ids) or float32.
         folders: where relative paths of weights are looked up (`fedsim.lookup`).
         vocabulary: words of the tokenizer that token ids are from, or None.
+        padding: the token id that this tokenizer pads with, or None.
     """
 
     classes: tuple[str, ...]
@@ -50,6 +51,7 @@ class DataInfo:
     dtype: str = "uint8"
     folders: tuple[Path, ...] = ()
     vocabulary: int | None = None
+    padding: int | None = None
 
 
 @dataclass(frozen=True)

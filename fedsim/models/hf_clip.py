@@ -112,7 +112,12 @@ def _load(
     def tokenize(captions: Sequence[str]) -> Tensor:
         """Token ids, int64 [captions, context]; longer captions are cut."""
         found = words(
-            list(captions), padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+            list(captions),
+            padding="max_length",
+            padding_side="right",  # what an end token says of a caption holds for what stands before it
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
         )
         ids: Tensor = found["input_ids"]
         return ids

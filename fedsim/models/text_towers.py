@@ -133,9 +133,7 @@ class EncoderTower(TextTower):
     def forward(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """See `TextTower`."""
         mask = ids != self.pad
-        hidden = self.transformer(
-            inputs_embeds=embedded, attention_mask=attention_of(self.transformer.config, mask)
-        )
+        hidden = self.transformer(inputs_embeds=embedded, attention_mask=attention_of(self.transformer, mask))
         features: Tensor = self.proj(self.pooler(hidden, mask.long()))
         return features
 

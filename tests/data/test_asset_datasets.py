@@ -118,8 +118,9 @@ def test_sentences_in_the_words_of_another_tokenizer(asset: Asset, tmp_path: Pat
         found = load_arrays("sentiment", good)
         assert found.vocabulary == 3
         assert set(np.unique(found.train_x)) == {0, 1, 2}
+        assert found.padding == 0
     assert load_arrays("sentiment", {"max_tokens": 16}).vocabulary == 30522
-    with pytest.raises(UserError, match=r"is 'movie'.* pads with 0"):
+    with pytest.raises(UserError, match=r"no padding token \(looked for \[PAD\], <pad>\).*pad_token"):
         load_arrays("sentiment", folder("bad", ["movie", "?"]))
     with pytest.raises(UserError, match=r"\[data\] tokenizer: there is no .*tokenizer\.json"):
         load_arrays("sentiment", {"tokenizer": str(tmp_path)})
