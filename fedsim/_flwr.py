@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from io import BytesIO
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import (
@@ -417,7 +417,8 @@ def waits_refused(nodes: int, error: Callable[[], Exception]) -> Iterator[None]:
         nodes: how many there are, now and later.
         error: what to raise.
     """
-    pause, wait_for = strategy_utils.sleep, SimpleClientManager.wait_for
+    sampling, managing = cast(Any, strategy_utils), cast(Any, SimpleClientManager)
+    pause, wait_for = sampling.sleep, managing.wait_for
 
     def no_pause(_: float) -> None:
         raise error()
@@ -425,16 +426,14 @@ def waits_refused(nodes: int, error: Callable[[], Exception]) -> Iterator[None]:
     def checked(manager: SimpleClientManager, num_clients: int, timeout: int = 86400) -> bool:
         if num_clients > nodes:
             raise error()
-        return wait_for(manager, num_clients, timeout)
+        return bool(wait_for(manager, num_clients, timeout))
 
     # `sample_nodes` sleeps only where it waits
-    strategy_utils.sleep = no_pause
-    SimpleClientManager.wait_for = checked  # type: ignore[method-assign]
+    sampling.sleep, managing.wait_for = no_pause, checked
     try:
         yield
     finally:
-        strategy_utils.sleep = pause
-        SimpleClientManager.wait_for = wait_for  # type: ignore[method-assign]
+        sampling.sleep, managing.wait_for = pause, wait_for
 
 
 def context(

@@ -86,9 +86,9 @@ def _kept(context: Context, node_config: dict[str, Any], run_config: dict[str, A
     """What is left of a context: its state, and its configs where they are not the usual ones."""
     state = _flwr.sendable(context.state)
     if context.node_config != node_config:
-        state[_NODE_CONFIG] = ConfigRecord(dict(context.node_config))  # type: ignore[arg-type]
+        state[_NODE_CONFIG] = ConfigRecord(dict(context.node_config))
     if context.run_config != run_config:
-        state[_RUN_CONFIG] = ConfigRecord(dict(context.run_config))  # type: ignore[arg-type]
+        state[_RUN_CONFIG] = ConfigRecord(dict(context.run_config))
     return state
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ class Cargo:
         del self._all
 
     def order(self, grid: BaseGrid, positions: Sequence[int], given: Given) -> tuple[Order, list[Any]]:
-        """What a worker needs for a call, less what it was given before, and the parcels that go beside it."""
+        """What a worker needs for a call, less what it was given before, and parcels to go beside it."""
         if given.send != self._number:
             given.send, given.contents, given.parcels = self._number, set(), set()
         items, states = [], {}

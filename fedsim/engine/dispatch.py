@@ -176,9 +176,10 @@ class Dispatcher:
         if not self._waiting:
             return
         busy = {client for load in self._active for client in load.clients}
-        still = []
+        still: list[tuple[Exchange, Sequence[int]]] = []
         for exchange, positions in self._waiting:
-            free, rest = [], []
+            free: list[int] = []
+            rest: list[int] = []
             for position in positions:
                 client = exchange.client(position)
                 (rest if client in busy else free).append(position)
@@ -234,8 +235,8 @@ class Dispatcher:
     # ----------------------------------------------------------------------------- what comes back
 
     def _take(self, event: Event[Job]) -> None:
-        for job in reversed(event.waiting):
-            self._again(job)
+        for behind in reversed(event.waiting):
+            self._again(behind)
         job, report = event.job, event.report
         if job is None or job.load not in self._active:
             return
@@ -291,7 +292,9 @@ class Dispatcher:
     def _ends(self) -> list[tuple[float, Slot[Job]]]:
         """When to end workers, that should have stopped a client that takes longer than the server allows."""
         found = []
-        for slot, job in self._pool.running() if any(self._own_time(a.exchange) for a in self._active) else ():
+        for slot, job in (
+            self._pool.running() if any(self._own_time(a.exchange) for a in self._active) else ()
+        ):
             if self._own_time(job.load.exchange):
                 allowed = job.load.exchange.timeout * len(job.positions) + _GRACE  # type: ignore[operator]
                 found.append((slot.since + allowed, slot))

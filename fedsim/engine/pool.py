@@ -193,7 +193,7 @@ class Pool(Generic[Job]):
     # -------------------------------------------------------------------------------- what happens
 
     def wait(self, timeout: float | None) -> Event[Job] | None:
-        """The next event; None when `timeout` seconds, a while without anything to do, or a `wake` come first.
+        """The next event; None after `timeout` seconds, a while without anything to do, or a `wake`.
 
         Raises:
             UserError: workers cannot be started.

@@ -109,8 +109,13 @@ def run_apps(
             for_rounds(),
         ):
             seed_everything(derive_seed("server", seed))
-            server_app(grid, context)
-            grid.deliver()
+            try:
+                server_app(grid, context)
+                grid.deliver()
+            except Exception as error:  # which may be but the consequence
+                if losses := grid.tally.losses():
+                    error.add_note(f"before that, {losses}")
+                raise
         return context, grid.tally
     finally:
         if grid is not None:

@@ -66,24 +66,29 @@ class Tally:
         Raises:
             NotEnoughReplies: no message at all, or none of those to train, was answered.
         """
-        total = _Count(
-            sum(count.asked for count in self.kinds.values()),
-            sum(count.unanswered for count in self.kinds.values()),
-        )
         training = self.kinds.get(messages.TRAIN, _Count())
-        for count, what in ((total, "messages"), (training, "messages to train")):
+        for count, what in ((self._total(), "messages"), (training, "messages to train")):
             if count.asked and count.unanswered == count.asked:
                 said = f"no client did its work: all {count.asked} {what} failed; the first says: "
                 reason = self.first or ""
                 raise NotEnoughReplies(said + _first_line(reason)) from RuntimeError(reason)
+        if self.losses():
+            log.warning("the run has ended, but %s", self.losses())
+
+    def losses(self) -> str:
+        """Messages that failed and messages that reached nobody, in words; nothing if there are none."""
+        total = self._total()
         parts = []
         if total.unanswered:
             failed = f"{total.unanswered} of {total.asked} messages failed"
             parts.append(f"{failed}; the first says: {_first_line(self.first or '')}")
         if self.unknown:
             parts.append(f"{sum(self.unknown.values())} messages went to nodes that are not there")
-        if parts:
-            log.warning("the run has ended, but %s", "; ".join(parts))
+        return "; ".join(parts)
+
+    def _total(self) -> _Count:
+        counts = self.kinds.values()
+        return _Count(sum(count.asked for count in counts), sum(count.unanswered for count in counts))
 
     def _unanswered(self, sent: Message, reason: str) -> None:
         with self._lock:

@@ -241,9 +241,7 @@ class Worker:
         use_threads(setup.threads)
         seed_everything(item.seed)
         with limited(setup.memory):
-            return answer(
-                self.app, message, item.client, setup.num_clients, state, setup.run_config, timeout
-            )
+            return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config, timeout)
 
 
 @contextmanager

@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.client import NumPyClient
+from flwr.clientapp import ClientApp
 from flwr.server import ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg as OldFedAvg
 from flwr.serverapp import ServerApp
@@ -124,9 +126,7 @@ def test_a_message_is_delivered_as_it_was_pushed(engine: dict[str, Any], tmp_pat
 def test_serial_runs_one_client_a_pull_in_the_order_of_the_pushes(tmp_path: Path) -> None:
     def main(grid: Any) -> Any:
         ids = [*grid.push_messages(to(grid, [3, 1])), *grid.push_messages(to(grid, [2]))]
-        found = []
-        for _ in range(4):
-            found.append(metric([m for m in grid.pull_messages(ids) if m.has_content()], "who"))
+        found = [metric([m for m in grid.pull_messages(ids) if m.has_content()], "who") for _ in range(4)]
         later = list(grid.push_messages(to(grid, [0, 1])))
         early = list(grid.pull_messages(later[1:]))  # client 0 is before it
         return found, early, metric(list(grid.pull_messages(later[1:])), "who")
@@ -158,13 +158,9 @@ def test_ray_goes_on_behind_the_servers_back_and_hands_out_what_is_there(tmp_pat
     def main(grid: Any) -> Any:
         ids = list(grid.push_messages(to(grid, range(4), **{"wait-for": 0})))
         assert wait_until(lambda: len(list(tmp_path.glob("?-*"))) == 4)  # nothing was pulled
-        early = [m for m in _take(grid, ids, 3)]
+        early = list(islice(pulled(grid, ids), 3))
         (tmp_path / "go").touch()
         return sorted(metric(early, "who")), metric(list(pulled(grid, ids[:1])), "who")
-
-    def _take(grid: Any, ids: Sequence[str], count: int) -> list[Message]:
-        replies = pulled(grid, ids)
-        return [next(replies) for _ in range(count)]
 
     assert serve(main, busy_app(str(tmp_path)), RAY) == ([1, 2, 3], [0])
 
@@ -306,9 +302,7 @@ def older(minimum: int) -> ServerApp:
 
     def components(context: Context) -> ServerAppComponents:
         start = ndarrays_to_parameters([np.zeros(2)])
-        strategy = OldFedAvg(
-            min_fit_clients=minimum, min_available_clients=minimum, initial_parameters=start
-        )
+        strategy = OldFedAvg(min_fit_clients=minimum, min_available_clients=minimum, initial_parameters=start)
         return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=3))
 
     return ServerApp(server_fn=components)
@@ -409,10 +403,8 @@ def test_a_client_that_ignores_the_alarm_is_late_all_the_same() -> None:
     def query(message: Message, context: Context) -> Message:
         end = time.monotonic() + (0.3 if context.node_config["partition-id"] == 2 else 0.0)
         while time.monotonic() < end:
-            try:
+            with suppress(BaseException):
                 time.sleep(0.01)
-            except BaseException:  # noqa: S110
-                pass
         return messages.reply(message, metrics={"who": context.node_config["partition-id"]})
 
     def main(grid: Any) -> Any:
@@ -456,7 +448,7 @@ def test_a_run_in_which_every_client_failed_is_an_error(engine: dict[str, Any], 
 def test_a_run_in_which_nobody_trained_is_an_error(tmp_path: Path) -> None:
     """Even if other messages were answered."""
     app, faulty = busy_app(str(tmp_path)), faulty_app("raises", 0, str(tmp_path))
-    app.train()(lambda message, context: faulty(message, context))
+    app.train()(faulty)
 
     def main(grid: Any) -> None:
         grid.send_and_receive(to(grid, range(4)))
@@ -478,6 +470,16 @@ def test_failures_are_counted_in_one_line(
         serve(main, busy_app(str(tmp_path)), engine)
     [said] = [record.getMessage() for record in caplog.records if record.name == "fedsim"]
     assert said.startswith("the run has ended, but 3 of 12 messages failed; the first says: client 2: ")
+
+
+def test_a_server_that_fails_after_its_clients_says_so(tmp_path: Path) -> None:
+    def main(grid: Any) -> None:
+        metric(grid.send_and_receive(to(grid, range(4), loses=3)), "who")
+
+    with pytest.raises(ValueError, match="content is None") as caught:
+        serve(main, busy_app(str(tmp_path)), SERIAL)
+    [note] = caught.value.__notes__
+    assert note.startswith("before that, 1 of 4 messages failed; the first says: client 3: ValueError")
 
 
 # ----------------------------------------------------------------------------------- generators
