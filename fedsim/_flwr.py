@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from io import BytesIO
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import (
@@ -30,7 +31,9 @@ from flwr.app import (
 )
 from flwr.app.message import typeddict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.server.client_manager import SimpleClientManager
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import strategy_utils
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
@@ -62,6 +65,8 @@ __all__ = [
     "sendable",
     "set_message_id",
     "set_source",
+    "unavailable",
+    "waits_refused",
     "with_content",
     "with_error",
 ]
@@ -346,6 +351,23 @@ def with_error(message: Message, reason: str) -> Message:
     return Message(error, metadata=message.metadata)  # type: ignore[call-overload, no-any-return]
 
 
+def unavailable(message_id: str, run_id: int, reason: str) -> Message:
+    """The error reply that Flower makes itself for a message that it does not have."""
+    metadata = Metadata(
+        run_id=run_id,
+        message_id=f"{message_id}-unavailable",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=SUPERLINK_NODE_ID,
+        reply_to_message_id=message_id,
+        group_id="",
+        created_at=time.time(),
+        ttl=0,
+        message_type="system",
+    )
+    error = Error(ErrorCode.MESSAGE_UNAVAILABLE, reason)
+    return Message(error, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+
+
 def metadata_row(message: Message) -> tuple[Any, ...]:
     """A message's metadata as a plain tuple, which pickles in half a microsecond."""
     return tuple(message.metadata.__dict__.values())
@@ -385,6 +407,33 @@ def acting_as_server(run_id: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)
+
+
+@contextmanager
+def waits_refused(nodes: int, error: Callable[[], Exception]) -> Iterator[None]:
+    """Inside, Flower's own waits for nodes raise where there are too few, instead of waiting for ever.
+
+    Args:
+        nodes: how many there are, now and later.
+        error: what to raise.
+    """
+    sampling, managing = cast(Any, strategy_utils), cast(Any, SimpleClientManager)
+    pause, wait_for = sampling.sleep, managing.wait_for
+
+    def no_pause(_: float) -> None:
+        raise error()
+
+    def checked(manager: SimpleClientManager, num_clients: int, timeout: int = 86400) -> bool:
+        if num_clients > nodes:
+            raise error()
+        return bool(wait_for(manager, num_clients, timeout))
+
+    # `sample_nodes` sleeps only where it waits
+    sampling.sleep, managing.wait_for = no_pause, checked
+    try:
+        yield
+    finally:
+        sampling.sleep, managing.wait_for = pause, wait_for
 
 
 def context(

@@ -19,9 +19,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsim import _flwr, config, messages, overrides
 from fedsim.config import Experiment
-from fedsim.engine.grid import BaseGrid, derive_seed, seed_everything
+from fedsim.engine.grid import BaseGrid
 from fedsim.errors import UserError
 from fedsim.hooks import Hook
+from fedsim.seeding import derive_seed, seed_everything
 from fedsim.version import code_digest
 
 if TYPE_CHECKING:

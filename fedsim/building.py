@@ -20,11 +20,11 @@ from fedsim.data import backdoor, federated, forgotten, needs, pixels
 from fedsim.data.classes import positions_of
 from fedsim.data.federated import FederatedData
 from fedsim.data.store import load_arrays
-from fedsim.engine.grid import generators_restored, seed_everything
 from fedsim.errors import UnfitTuning, UserError
 from fedsim.models.base import Classifier, DataInfo
 from fedsim.models.fitting import fitting_modes
 from fedsim.resident import unfold
+from fedsim.seeding import generators_restored, seed_everything
 from fedsim.task import Network, Task
 
 

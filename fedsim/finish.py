@@ -208,11 +208,11 @@ def run_experiment(experiment: Experiment, run: Run, hooks: Sequence[Hook] = ())
 
 def _simulate(experiment: Experiment, run: Run, hooks: Sequence[Hook]) -> None:
     from fedsim.app import client_app, make_server_app
-    from fedsim.engine.simulate import simulate
+    from fedsim.engine.simulate import run_apps
 
     engine = experiment["engine"]
     try:
-        simulate(
+        run_apps(
             make_server_app(experiment, run, hooks),
             client_app,
             experiment.clients,

@@ -125,3 +125,31 @@ def test_mistakes_on_the_command_line(app: Path, tmp_path: Path) -> None:
     (app / "pyproject.toml").write_text('[tool.flwr.app]\npublisher = "them"\n')
     with pytest.raises(UserError, match=r"needs serverapp"):
         foreign.described(app, 2, [])
+
+
+@pytest.mark.parametrize(
+    ("who", "status", "said"),
+    [
+        (
+            ">= 0",
+            2,
+            "error: no client did its work: all 6 messages failed; the first says: client 0: OSError",
+        ),
+        (
+            "== 1",
+            0,
+            "the run has ended, but 3 of 6 messages failed; the first says: client 1: OSError: no disk",
+        ),
+    ],
+)
+def test_failed_clients_are_counted_in_the_end(app: Path, who: str, status: int, said: str) -> None:
+    """Flower goes on to the end without any reply, with status 0."""
+    worker = app / "clients" / "worker.py"
+    failing = f'    if context.node_config["partition-id"] {who}: raise OSError("no disk")\n'
+    start = "def train(message, context):\n"
+    worker.write_text(_CLIENT.replace(start, start + failing))
+    server = app / "clients" / "server.py"
+    server.write_text(_SERVER.replace('    print("final"', '    result.arrays and print("final"'))
+    done = _fedsim("run", str(app), "--clients", "2")
+    assert done.returncode == status
+    assert [line for line in done.stderr.splitlines() if line.startswith(said)]

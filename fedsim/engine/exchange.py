@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedsim import _flwr, messages
 from fedsim.engine.folding import Fold, Left
+from fedsim.engine.tally import Tally
 from fedsim.messages import Folded, Replies
 from fedsim.sums import TreeSum
 
@@ -48,25 +51,45 @@ class FixedRoster:
 class Exchange:
     """The instructions of one send and what has come back so far.
 
+    An engine that works in threads of its own posts what comes; whoever waits for it takes it in his.
+
     Args:
         accepted: instructions in order of position.
+        turns: of each instruction: how many its client has had, this one included.
         fold: how to sum the replies; None keeps them.
         roster: who is who.
+        tally: what is counted about replies.
+        timeout: seconds that each client has from when it begins; None: no limit.
+        singly: each reply is wanted as soon as it is there.
         on_reply: called with every reply (of a folded one: with what is left of it).
     """
 
     def __init__(
         self,
         accepted: Sequence[Message],
+        turns: Sequence[int],
         fold: Fold | None,
         roster: FixedRoster,
-        on_reply: Callable[[Message], None] | None,
+        tally: Tally,
+        *,
+        timeout: float | None = None,
+        singly: bool = False,
+        on_reply: Callable[[Message], None] | None = None,
     ) -> None:
         self.accepted = accepted
+        self.turns = turns
         self.fold = fold
+        self.timeout = timeout
+        self.singly = singly
         self.sum = TreeSum()
+        self._tally = tally
         self._on_reply = on_reply
         self._roster = roster
+        self._open = len(accepted)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._collecting = Lock()
+        self._error: BaseException | None = None
+        self._rounds: dict[int, Any] = {}
         self._replies: dict[int, Message] = {}
         self._metrics: dict[int, Mapping[str, Any]] = {}
         self._refused: dict[int, str] = {}
@@ -76,26 +99,81 @@ class Exchange:
         """Partition id that the instruction at a position is for."""
         return self._roster.client(self.accepted[position].metadata.dst_node_id)
 
+    def round_of(self, position: int) -> Any:
+        """The round that an instruction says it belongs to, or else its client's turn."""
+        content = self.accepted[position].content
+        if id(content) not in self._rounds:
+            said = (record.get(messages.ROUND) for record in content.config_records.values())
+            self._rounds[id(content)] = next((number for number in said if number is not None), None)
+        found = self._rounds[id(content)]
+        return self.turns[position] if found is None else found
+
+    # ------------------------------------------------------------------- from an engine's thread
+
+    def post(self, *calls: Callable[[], None]) -> None:
+        """Leave calls of the methods below to whoever waits."""
+        self._posted.extend(calls)
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing more comes."""
+        self._error = error
+
+    @property
+    def news(self) -> bool:
+        """Whether `collect` has something to do."""
+        return bool(self._posted) or self._error is not None
+
+    def collect(self) -> None:
+        """Take what was posted.
+
+        Raises:
+            BaseException: what the engine failed with.
+        """
+        with self._collecting:
+            while self._posted:
+                self._posted.popleft()()
+        if self._error is not None:
+            raise self._error
+
+    # ---------------------------------------------------------------------------- what has come
+
+    @property
+    def done(self) -> bool:
+        """Whether every client has answered or is too late."""
+        return self._open == 0
+
     def take(self, position: int, reply: Message) -> None:
         """A whole reply, where nothing is folded."""
-        self._replies[position] = reply
-        if self._on_reply is not None:
-            self._on_reply(reply)
+        self._replies[position] = self._arrived(position, reply)
 
     def take_left(self, left: Left) -> None:
         """What is left of a reply, where they are folded."""
         if left.metrics is not None:
             self._metrics[left.position] = left.metrics
+        reply = left.reply
+        if reply is None and self._on_reply is not None:
+            reply = self._usual(left)
+        if reply is None:
+            self._open -= 1
+            self._tally.answered(self.accepted[left.position])
+            return
+        self._arrived(left.position, reply)
         if left.reply is not None and left.reason is not None:
             self._refused[self.client(left.position)] = left.reason
             self._replies[left.position] = left.reply
-        if self._on_reply is not None:
-            self._on_reply(self._usual(left) if left.reply is None else left.reply)
 
     def take_failed(self, position: int, reply: Message) -> None:
-        """An error reply in a client's stead, where replies are folded."""
-        reason = messages.complaint(reply, None)
-        self.take_left(Left(position, None, reply, reason))
+        """An error reply in a client's stead."""
+        if self.fold is None:
+            self.take(position, reply)
+            return
+        self.sum.add(None, position)
+        self.take_left(Left(position, None, reply, messages.complaint(reply, None)))
+
+    def take_late(self, position: int) -> None:
+        """A client took too long: there is no reply."""
+        self._open -= 1
+        self._tally.late(self.accepted[position], self.client(position))
 
     def result(self) -> Replies:
         """Everything that came, in order of the instructions."""
@@ -104,6 +182,22 @@ class Exchange:
             metrics = {self.client(position): self._metrics[position] for position in sorted(self._metrics)}
             replies.folded = Folded(self.sum.total(), metrics, self._refused)
         return replies
+
+    def pull(self, position: int) -> Message | None:
+        """Hand out one reply, if it is there."""
+        return self._replies.pop(position, None)
+
+    def _arrived(self, position: int, reply: Message) -> Message:
+        sent = self.accepted[position]
+        self._open -= 1
+        _flwr.set_message_id(reply, f"{sent.metadata.message_id}-reply")
+        if reply.has_error():
+            self._tally.failed(sent, reply.error.reason or "")
+        else:
+            self._tally.answered(sent)
+        if self._on_reply is not None:
+            self._on_reply(reply)
+        return reply
 
     def _usual(self, left: Left) -> Message:
         """The hollow form of a reply that is nothing but metrics and the arrays that were asked for."""

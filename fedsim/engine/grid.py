@@ -2,32 +2,31 @@
 
 Node ids are a function of the partition id (`node = FIRST_NODE + partition`), so the same seed gives the
 same cohorts on every engine, and all nodes exist before the server app starts. An engine implements
-`_execute`: run the messages of an exchange and hand their replies to it. Everything else, down to
-seeding and error replies, is here.
+`_start`, `_finish` and `_advance`. Everything else, down to seeds and error replies, is here.
+Any method may be called from any thread.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
-import time
-import traceback
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from threading import Lock
 from typing import Any
 
-import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsim import _flwr, messages
+from fedsim import _flwr
+from fedsim.engine.answering import is_empty
 from fedsim.engine.exchange import FIRST_NODE, Exchange, FixedRoster
-from fedsim.engine.folding import fold_of
+from fedsim.engine.folding import Fold, fold_of
+from fedsim.engine.tally import Tally
+from fedsim.engine.waiting import Patience
 from fedsim.messages import Replies
+from fedsim.seeding import derive_seed
 from fedsim.sums import Weighting
 
 #: seconds after which an unanswered round ends, as in Flower
@@ -59,10 +58,14 @@ class BaseGrid(_flwr.BareGrid):
         self.folding: Weighting | None = None
         #: how much work each client has, by partition id (its samples, say); None: all the same
         self.work: Sequence[float] | None = None
+        #: what came back, for the closing line
+        self.tally = Tally()
         self._run = _flwr.Run.create_empty(run_id=1)
         self._ids = count(1)
-        self._sends = 0
-        self._pending: dict[str, Message] = {}
+        self._turns: Counter[int] = Counter()  #: messages that each client has had
+        self._accepting = Lock()
+        self._pushed: dict[str, tuple[Exchange, int]] = {}  #: whose replies were not pulled yet
+        self._patience = Patience(num_clients)
 
     # ------------------------------------------------------------------------ Flower's Grid
 
@@ -76,56 +79,141 @@ class BaseGrid(_flwr.BareGrid):
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of the nodes that take part, ascending."""
+        """Ids of the nodes that take part, ascending.
+
+        Raises:
+            UserError: the server asks for nothing else for so long that it must be waiting for more nodes.
+        """
+        self._patience.asked()
         if self.roster.absent:
             return [self.roster.node(client) for client in self.roster.clients()]
         return range(FIRST_NODE, FIRST_NODE + self.roster.size)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Accept messages; they are executed when their replies are asked for."""
-        ids = []
-        for message in self._accept(messages):
-            self._pending[message.metadata.message_id] = message
-            ids.append(message.metadata.message_id)
+        """Accept messages; the replies wait until they are pulled.
+
+        Each message is delivered as it is now. When clients get to it is the engine's affair, but not later
+        than what is sent next, and than the end of the simulation.
+        """
+        exchange = self._accept(messages, pushed=True)
+        ids = [message.metadata.message_id for message in exchange.accepted]
+        for position, message_id in enumerate(ids):
+            self._pushed[message_id] = exchange, position
+        self._start(exchange)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Replies:
-        """Execute accepted messages and return their replies, each once."""
-        wanted = [self._pending.pop(i) for i in message_ids if i in self._pending]
-        return self._replies(wanted, None)
+        """The replies that are there, each once, in the order of their ids; does not wait for others.
+
+        Where none is there the engine may get on with what was pushed. For an id that is unknown, or whose
+        reply was pulled before, there is an error reply, as from Flower.
+        """
+        self._patience.over()
+        ids = list(dict.fromkeys(message_ids))
+        unknown = [self._unknown(message_id) for message_id in ids if message_id not in self._pushed]
+        replies = self._pulled(ids)
+        if not replies and len(unknown) < len(ids):
+            asked = {self._pushed[message_id][0]: None for message_id in ids if message_id in self._pushed}
+            self._advance(list(asked))
+            replies = self._pulled(ids)
+        return Replies([*replies, *unknown])
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
-        """Run messages and return their replies; after `timeout` seconds the missing ones are left out."""
-        return self._replies(self._accept(messages), timeout)
+        """Run messages and return their replies, in the order of the messages.
+
+        Args:
+            messages: instructions.
+            timeout: seconds that each client has, from when it begins; who takes longer is left out. With 0
+                the messages are delivered and nobody waits.
+        """
+        if timeout is not None and timeout <= 0:
+            self.push_messages(messages)
+            return Replies()
+        exchange = self._accept(messages, timeout=timeout)
+        self._start(exchange)
+        self._finish(exchange)
+        return exchange.result()
+
+    def deliver(self) -> None:
+        """Let clients answer whatever was pushed."""
+        for exchange in dict.fromkeys(exchange for exchange, _ in self._pushed.values()):
+            self._finish(exchange)
 
     # ------------------------------------------------------------------------ for engines
 
     @abstractmethod
-    def _execute(self, exchange: Exchange, deadline: float | None) -> None:
-        """Run the instructions and hand over their replies, in any order; stop at the deadline.
+    def _start(self, exchange: Exchange) -> None:
+        """Begin with instructions, after those that came before; does not wait."""
 
-        Args:
-            exchange: the instructions; `exchange.sum` gets the sums of a folded one.
-            deadline: on `time.monotonic`'s clock, or None.
-        """
+    @abstractmethod
+    def _finish(self, exchange: Exchange) -> None:
+        """Wait until an exchange that was started is done; give it up if that fails."""
+
+    @abstractmethod
+    def _advance(self, exchanges: Sequence[Exchange]) -> None:
+        """Get a little further with exchanges that were started."""
 
     def close(self) -> None:
         """Give back whatever runs the clients; the grid is not used afterwards."""
 
-    def _accept(self, outgoing: Iterable[Message]) -> list[Message]:
-        accepted = []
-        for message in outgoing:
-            self.roster.client(message.metadata.dst_node_id)  # raises for an unknown node
-            _flwr.set_message_id(message, str(next(self._ids)))
-            accepted.append(message)
-        self._sends += 1
-        return accepted
+    def _accept(
+        self, outgoing: Iterable[Message], *, pushed: bool = False, timeout: float | None = None
+    ) -> Exchange:
+        """An exchange of messages to nodes that are there."""
+        self._patience.over()
+        accepted, turns = [], []
+        contents: dict[int, RecordDict] = {}
+        outgoing = list(outgoing)
+        with self._accepting:
+            for message in outgoing:
+                node = message.metadata.dst_node_id
+                client = node - FIRST_NODE
+                if not 0 <= client < self.roster.size:
+                    self.tally.no_node(node, range(FIRST_NODE, FIRST_NODE + self.roster.size))
+                    continue
+                _flwr.set_message_id(message, str(next(self._ids)))
+                content = message.content
+                if pushed:  # the server may change it before a client gets it
+                    if id(content) not in contents:
+                        contents[id(content)] = _flwr.private_copy(content)
+                    content = contents[id(content)]
+                # with metadata of its own: the server may send the same message again
+                accepted.append(_flwr.message_of(_flwr.metadata_row(message), content))
+                self._turns[client] += 1
+                turns.append(self._turns[client])
+        fold: Fold | None = None if pushed else fold_of(accepted, self.folding)
+        limit = None if timeout is None or math.isinf(timeout) else timeout
+        return Exchange(
+            accepted,
+            turns,
+            fold,
+            self.roster,
+            self.tally,
+            timeout=limit,
+            singly=pushed,
+            on_reply=None if pushed else self.on_reply,
+        )
 
-    def _replies(self, accepted: list[Message], timeout: float | None) -> Replies:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        exchange = Exchange(accepted, fold_of(accepted, self.folding), self.roster, self.on_reply)
-        self._execute(exchange, deadline)
-        return exchange.result()
+    def _pulled(self, ids: Iterable[str]) -> list[Message]:
+        """The replies that are there."""
+        found = []
+        for message_id in ids:
+            exchange, position = self._pushed.get(message_id, (None, 0))
+            if exchange is None:
+                continue
+            exchange.collect()
+            reply = exchange.pull(position)
+            if reply is not None:
+                self._pushed.pop(message_id, None)
+                found.append(reply)
+                if self.on_reply is not None:
+                    self.on_reply(reply)
+        return found
+
+    def _unknown(self, message_id: str) -> Message:
+        """What Flower answers about an id that it does not know, or no longer."""
+        reason = f"no message '{message_id}' is known, or its reply was pulled before"
+        return _flwr.unavailable(message_id, self._run.run_id, reason)
 
     def keep(self, client: int, state: RecordDict) -> None:
         """Remember the state that a client left behind."""
@@ -134,111 +222,7 @@ class BaseGrid(_flwr.BareGrid):
         else:
             self.states[client] = state
 
-    def seed_of(self, message: Message) -> int:
-        """Seed of one message from (run seed, round, kind, client), the same on every engine."""
-        return self.seed_for(message, self.round_of(message.content))
-
-    def round_of(self, content: RecordDict) -> Any:
-        """The round that a content says it belongs to, or the number of this send."""
-        server_round: Any = self._sends
-        for record in content.config_records.values():
-            server_round = record.get(messages.ROUND, server_round)
-        return server_round
-
-    def seed_for(self, message: Message, server_round: Any) -> int:
-        """Seed of a message of a round that is known."""
-        metadata = message.metadata
-        client = self.roster.client(metadata.dst_node_id)
-        return derive_seed(self.seed, server_round, metadata.message_type, client)
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Seed `random`, numpy and, where it is imported, torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    if _has_accelerator():
-        torch.manual_seed(seed)
-    else:
-        # torch.manual_seed would keep a formatted stack for a device that is not there: 0.7 ms a call
-        torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Give back the generators of `random`, numpy and torch's CPU as they were."""
-    torch = sys.modules.get("torch")
-    python, legacy = random.getstate(), np.random.get_state()
-    generator = None if torch is None else torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        if torch is not None and generator is not None:
-            torch.set_rng_state(generator)
-
-
-@cache
-def _has_accelerator() -> bool:
-    return bool(sys.modules["torch"].accelerator.is_available())
-
-
-def answer(
-    client_app: ClientApp,
-    message: Message,
-    client: int,
-    num_clients: int,
-    state: RecordDict | None,
-    run_config: dict[str, Any],
-) -> tuple[Message, RecordDict]:
-    """Let one client answer one message, in this process.
-
-    Returns:
-        The reply, an error reply with the traceback if the client raised, and the client's state after
-        it (the state before it if the client raised).
-    """
-    before = state if state is not None else RecordDict()
-    node = message.metadata.dst_node_id
-    context = _flwr.context(
-        run_id=message.metadata.run_id,
-        node_id=node,
-        node_config={"partition-id": client, "num-partitions": num_clients},
-        state=_flwr.private_copy(before),
-        run_config=dict(run_config),
-    )
-    delivered = _flwr.with_content(message, _flwr.private_copy(message.content))
-    try:
-        with _flwr.lazy_codec():
-            reply = client_app(delivered, context)
-            if not isinstance(reply, Message):
-                raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
-            if reply.has_content():
-                reply = _flwr.with_content(reply, _flwr.sendable(reply.content))
-            after = _flwr.sendable(context.state)
-    except (Exception, SystemExit) as error:
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        reason = f"client {client}: {type(error).__name__}: {error}\n{trace}"
-        code = _flwr.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        _release_gpu(error)
-        return Message(Error(code, reason), reply_to=message), before
-    return reply, after
-
-
-def _release_gpu(error: BaseException) -> None:
-    """After a GPU ran out of memory, give back what torch keeps cached: the next client needs it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-
-
-def is_empty(state: RecordDict) -> bool:
-    """True when a client keeps nothing."""
-    return not any(len(record) for record in state.values())
+    def seed_of(self, exchange: Exchange, position: int) -> int:
+        """Seed of an instruction from (run seed, round, kind, client), the same on every engine."""
+        kind = exchange.accepted[position].metadata.message_type
+        return derive_seed(self.seed, exchange.round_of(position), kind, exchange.client(position))

@@ -1,4 +1,4 @@
-"""The workers of a grid: started, watched, replaced. Nothing here polls: every event wakes us.
+"""The workers of a grid: started, watched, replaced. One thread uses a pool; others may wake it.
 
 starting ──up──> idle <──report── busy (a call runs, one more waits behind it)
     └────────────── lost ───────────┘      a replacement is started, the calls go back
@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ _STARTS = 3  #: workers in a row that may die before they are up
 _PATIENCE = 300.0  #: seconds that a worker may take to start while nothing else goes on
 _ASKED = 10.0  #: seconds that Ray has to say why a worker ended
 _LOOK = 5.0  #: seconds after which lost nodes are looked for while nothing else goes on
+_SLICE = 0.1  #: seconds after which somebody who waits for Ray looks up: no bell interrupts that
 
 Job = TypeVar("Job")
 
@@ -55,6 +56,7 @@ class Slot(Generic[Job]):
         line: to it, where there is one.
         serving: the call that ends with the line.
         calls: what it was given and has not answered, each with Ray's reference if it went through Ray.
+        since: when the first of them began, on `time.monotonic`'s clock.
     """
 
     actor: Any
@@ -66,11 +68,17 @@ class Slot(Generic[Job]):
     serving: Any = None
     given: Given = field(default_factory=Given)
     calls: deque[tuple[Any, Job]] = field(default_factory=deque)
+    since: float = 0.0
 
     @property
     def awaited(self) -> Any:
         """The next thing that it will answer through Ray, or None."""
         return self.ready if not self.up else self.calls[0][0] if self.calls else None
+
+    def answered(self) -> Job:
+        """The job that a report is on."""
+        self.since = time.monotonic()
+        return self.calls.popleft()[1]
 
     def hang_up(self) -> None:
         """Without a line the worker takes calls through Ray again."""
@@ -114,8 +122,8 @@ class Pool(Generic[Job]):
         self._setup = ray.put(setup)
         self._slots: list[Slot[Job]] = []
         self._failed_starts = 0
-        self._bell = Bell()  #: rings when a worker answers through Ray that it is up
-        self._rung = False
+        self._bell = Bell()  #: rings when a worker answers through Ray that it is up, and for `wake`
+        self._rung = self._woken = False
         self._near = self._lines = near and lines.POSSIBLE
         self._stock = Stock()
         self._quiet_since = time.monotonic()
@@ -134,14 +142,20 @@ class Pool(Generic[Job]):
         """True while calls are under way."""
         return any(slot.calls for slot in self._slots)
 
-    def take_lines(self, *, wanted: bool) -> bool:
+    @property
+    def lines(self) -> bool:
+        """Whether workers are called over lines."""
+        return self._lines
+
+    def running(self) -> list[tuple[Slot[Job], Job]]:
+        """The workers that are busy and the job of each that goes on."""
+        return [(slot, slot.calls[0][1]) for slot in self._slots if slot.calls]
+
+    def take_lines(self, *, wanted: bool) -> None:
         """Call workers over lines, or through Ray, from now on; nobody is busy.
 
         Args:
             wanted: over lines, to workers that are on this machine.
-
-        Returns:
-            Whether it will be over lines.
         """
         self._lines = wanted and self._near
         for slot in self._slots:
@@ -149,7 +163,6 @@ class Pool(Generic[Job]):
                 slot.hang_up()
             elif slot.up and slot.line is None:
                 slot.up, slot.ready = False, self._told(slot.actor.listen.remote())
-        return self._lines
 
     def shared(self, parcel: objects.Parcel) -> Sheet:
         """What workers with lines are to have in common; the caller gives it back.
@@ -168,6 +181,8 @@ class Pool(Generic[Job]):
             order: the call.
             parcels: the order's: sheets where the worker has a line, or else Ray's references.
         """
+        if not slot.calls:
+            slot.since = time.monotonic()
         if slot.line is None:
             slot.calls.append((slot.actor.run.remote(pickle.dumps(order, 5), *parcels), job))
             return
@@ -178,7 +193,7 @@ class Pool(Generic[Job]):
     # -------------------------------------------------------------------------------- what happens
 
     def wait(self, timeout: float | None) -> Event[Job] | None:
-        """The next event; None when `timeout` seconds, or a while without anything to do, pass before it.
+        """The next event; None after `timeout` seconds, a while without anything to do, or a `wake`.
 
         Raises:
             UserError: workers cannot be started.
@@ -192,9 +207,17 @@ class Pool(Generic[Job]):
             if slot is not None:
                 self._quiet_since = time.monotonic()
                 return self._heard(slot) if slot.up and slot.line is not None else self._answered(slot)
+            if self._woken:
+                self._woken = False
+                return None
             if left == 0:
                 self._look()
                 return None
+
+    def wake(self) -> None:
+        """Let `wait` return, from another thread."""
+        self._woken = True
+        self._bell.ring()
 
     def _next(self, timeout: float | None) -> Slot[Job] | None:
         """A worker that has something to say; None: perhaps none has."""
@@ -205,6 +228,7 @@ class Pool(Generic[Job]):
                 if heard:
                     return near[heard[0]]
             timeout = 0
+        timeout = _SLICE if timeout is None else min(timeout, _SLICE)
         awaited = {slot.awaited: slot for slot in self._slots if slot.awaited is not None}
         done = ray.wait(list(awaited), num_returns=1, timeout=timeout)[0] if awaited else ()
         self._rung = bool(done)  # there may be more
@@ -216,7 +240,7 @@ class Pool(Generic[Job]):
             packed, _ = slot.line.receive()  # type: ignore[union-attr]
         except HungUp as error:
             return self._lost(slot, _why_it_ended(slot.serving) or str(error))
-        _, job = slot.calls.popleft()
+        job = slot.answered()
         found = objects.unpack(packed)
         if isinstance(found, Failed):
             slot.given = Given()  # who knows how far it came
@@ -230,12 +254,12 @@ class Pool(Generic[Job]):
         except RayTaskError as error:
             if slot.up:
                 slot.given = Given()
-                return Event(slot.calls.popleft()[1], error=_last_line(str(error)))
+                return Event(slot.answered(), error=_last_line(str(error)))
             return self._lost(slot, _last_line(str(error)))
         except RayError as error:
             return self._lost(slot, _last_line(str(error)))
         if slot.up:
-            return Event(slot.calls.popleft()[1], objects.unpack(answer))
+            return Event(slot.answered(), objects.unpack(answer))
         if self._lines and answer is None:
             slot.ready = self._told(slot.actor.listen.remote())
             return Event()
@@ -295,10 +319,19 @@ class Pool(Generic[Job]):
             self._drop(idle)
             self._start(fresh=True)
 
-    def abandon(self) -> None:
-        """End the workers that are busy: nobody waits for their reports."""
-        for slot in [slot for slot in self._slots if slot.calls]:
-            self._drop(slot)
+    def end(self, slot: Slot[Job], why: str) -> Event[Job]:
+        """End a worker that takes too long."""
+        return self._lost(slot, why)
+
+    def abandon(self, given_up: Callable[[Job], bool]) -> list[Job]:
+        """End the workers that have jobs whose reports nobody waits for; returns their other jobs."""
+        others = []
+        for slot in list(self._slots):
+            jobs = [job for _, job in slot.calls]
+            if any(given_up(job) for job in jobs):
+                self._drop(slot)
+                others += [job for job in jobs if not given_up(job)]
+        return others
 
     def close(self, *, park: bool = False) -> None:
         """End all workers; `park` keeps the idle ones for the next pool of this process."""
@@ -315,6 +348,7 @@ class Pool(Generic[Job]):
         self._stock.close()
 
     def _start(self, *, fresh: bool) -> None:
+        self._quiet_since = time.monotonic()
         parked = not fresh and bool(self._parked)
         actor = self._parked.pop() if parked else _new_worker(self._wanted)
         ready = self._told(actor.equip.remote(self._setup, near=self._lines))

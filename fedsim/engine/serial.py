@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 from flwr.clientapp import ClientApp
 
+from fedsim.engine.answering import answer
 from fedsim.engine.exchange import Exchange
 from fedsim.engine.folding import Folder
-from fedsim.engine.grid import BaseGrid, answer, generators_restored, seed_everything
+from fedsim.engine.grid import BaseGrid
 from fedsim.ranges import Count
+from fedsim.seeding import generators_restored, seed_everything, threads_restored
 
 
 class SerialGrid(BaseGrid):
-    """Runs clients in this process, in order of their messages.
+    """Runs clients in this process, in the order in which their messages were pushed or sent.
+
+    What was pushed waits until its replies are asked for (each pull that finds none runs the next client),
+    until something is sent, or for the end. Threads of the server wait for each other, since the generators
+    belong to the process; a client's time is measured while it runs, so waiting costs it nothing.
 
     Args:
         threads: torch threads while clients run; results are bit-equal only for equal threads.
@@ -35,40 +40,51 @@ class SerialGrid(BaseGrid):
     ) -> None:
         super().__init__(client_app, num_clients, seed, run_config)
         self.threads = threads
+        self._running, self._queueing = Lock(), Lock()
+        #: exchange, position, where the replies are folded
+        self._waiting: deque[tuple[Exchange, int, Folder | None]] = deque()
 
-    def _execute(self, exchange: Exchange, deadline: float | None) -> None:
+    def _start(self, exchange: Exchange) -> None:
         folder = None if exchange.fold is None else Folder(exchange.fold, exchange.sum)
-        for position, message in enumerate(exchange.accepted):
-            if deadline is not None and time.monotonic() > deadline:
-                return
-            client = exchange.client(position)
-            with process_restored(self.threads):
-                seed_everything(self.seed_of(message))
-                reply, state = answer(
-                    self.client_app,
-                    message,
-                    client,
-                    self.roster.size,
-                    self.states.get(client),
-                    self.run_config,
-                )
-            self.keep(client, state)
-            if folder is None:
-                exchange.take(position, reply)
-            else:
-                exchange.take_left(folder.add(position, reply))
+        with self._queueing:
+            self._waiting.extend((exchange, position, folder) for position in range(len(exchange.accepted)))
 
-
-@contextmanager
-def process_restored(threads: int) -> Iterator[None]:
-    """Give back the generators and the thread count as they were, whatever a client does to them."""
-    torch = sys.modules.get("torch")
-    before = threads if torch is None else torch.get_num_threads()
-    with generators_restored():
-        if torch is not None and before != threads:
-            torch.set_num_threads(threads)
+    def _finish(self, exchange: Exchange) -> None:
         try:
-            yield
-        finally:
-            if torch is not None and torch.get_num_threads() != before:
-                torch.set_num_threads(before)
+            while not exchange.done:
+                with self._running:
+                    if not exchange.done:
+                        self._run_next()
+        except BaseException:
+            with self._running, self._queueing:
+                self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not exchange)
+            raise
+
+    def _advance(self, exchanges: Sequence[Exchange]) -> None:
+        with self._running:
+            if not all(exchange.done for exchange in exchanges):
+                self._run_next()
+
+    def _run_next(self) -> None:
+        """Run the client whose message has waited longest."""
+        exchange, position, folder = self._waiting[0]
+        client = exchange.client(position)
+        with threads_restored(self.threads), generators_restored():
+            seed_everything(self.seed_of(exchange, position))
+            reply, state = answer(
+                self.client_app,
+                exchange.accepted[position],
+                client,
+                self.roster.size,
+                self.states.get(client),
+                self.run_config,
+                exchange.timeout,
+            )
+        self._waiting.popleft()
+        self.keep(client, state)
+        if reply is None:
+            exchange.take_late(position)
+        elif folder is None:
+            exchange.take(position, reply)
+        else:
+            exchange.take_left(folder.add(position, reply))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -12,9 +13,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedsim import _flwr, registry
-from fedsim.engine.grid import BaseGrid, derive_seed, generators_restored, seed_everything
+from fedsim.engine.grid import BaseGrid
 from fedsim.engine.process import for_rounds
+from fedsim.engine.tally import Tally
+from fedsim.engine.waiting import in_vain
 from fedsim.errors import UserError, nearest
+from fedsim.seeding import derive_seed, generators_restored, seed_everything
 
 _running = threading.Lock()
 
@@ -32,6 +36,8 @@ def simulate(
 ) -> Context:
     """Run a Flower ServerApp and ClientApp with simulated clients in this process.
 
+    Messages that failed are counted, and said in a line of the log `fedsim` when the server app has ended.
+
     Args:
         server_app: any Message-API ServerApp; its main function gets one of our grids.
         client_app: any Message-API ClientApp; clients find `partition-id` and `num-partitions` in
@@ -48,8 +54,35 @@ def simulate(
 
     Raises:
         UserError: another simulation is running in this process (Flower keeps the identity of a run
-            per process), or an argument is wrong.
+            per process), an argument is wrong, or the server waits for more nodes than there are.
+        NotEnoughReplies: the server app has ended, but all messages, or all to train, failed.
     """
+    context, tally = run_apps(
+        server_app,
+        client_app,
+        num_clients,
+        engine=engine,
+        seed=seed,
+        run_config=run_config,
+        prepare=prepare,
+        **engine_options,
+    )
+    tally.close()
+    return context
+
+
+def run_apps(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    num_clients: int,
+    *,
+    engine: str = "serial",
+    seed: int = 0,
+    run_config: dict[str, Any] | None = None,
+    prepare: Callable[[BaseGrid], None] | None = None,
+    **engine_options: Any,
+) -> tuple[Context, Tally]:
+    """`simulate` for a server that judges replies itself: gives back the counts and says nothing of them."""
     if num_clients < 1:
         raise UserError(f"num_clients must be at least 1 (got {num_clients})")
     resolved = registry.resolve("engines", engine)
@@ -68,10 +101,22 @@ def simulate(
         if prepare is not None:
             prepare(grid)
         context = _flwr.context(run_id, _flwr.SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config or {}))
-        with _flwr.acting_as_server(run_id), generators_restored(), for_rounds():
+        vain = partial(in_vain, num_clients, "the server waits for more nodes")
+        with (
+            _flwr.acting_as_server(run_id),
+            _flwr.waits_refused(num_clients, vain),
+            generators_restored(),
+            for_rounds(),
+        ):
             seed_everything(derive_seed("server", seed))
-            server_app(grid, context)
-        return context
+            try:
+                server_app(grid, context)
+                grid.deliver()
+            except Exception as error:  # which may be but the consequence
+                if losses := grid.tally.losses():
+                    error.add_note(f"before that, {losses}")
+                raise
+        return context, grid.tally
     finally:
         if grid is not None:
             grid.close()

@@ -24,11 +24,12 @@ from flwr.app import Message, RecordDict
 
 from fedsim import _flwr
 from fedsim.engine import objects
+from fedsim.engine.answering import answer, is_empty
 from fedsim.engine.folding import Fold, Folder, Left
-from fedsim.engine.grid import answer, is_empty, seed_everything
 from fedsim.engine.line import Door, HungUp
 from fedsim.engine.process import keep_freed_memory
 from fedsim.engine.sheet import Views
+from fedsim.seeding import seed_everything, use_threads
 from fedsim.sums import WeightedSum
 
 
@@ -86,6 +87,7 @@ class Order:
         passing: numbers of those that it need not keep for the next order of this send.
         states: of the clients that have any.
         fold: how to sum the replies, or None.
+        timeout: seconds that each client has, or None.
     """
 
     send: int
@@ -96,6 +98,7 @@ class Order:
     passing: Set[int]
     states: Mapping[int, RecordDict]
     fold: Fold | None
+    timeout: float | None
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Report:
 
     replies: list[tuple[int, Message]] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)  #: of a folded block
+    late: list[int] = field(default_factory=list)  #: positions of clients that took too long
     total: WeightedSum | None = None
     states: dict[int, RecordDict] = field(default_factory=dict)  #: of clients that had or have any
 
@@ -205,10 +209,12 @@ class Worker:
             for item in order.items:
                 message = _flwr.message_of(item.metadata, contents[item.content])
                 state = order.states.get(item.client)
-                reply, after = self._answer(item, message, state)
+                reply, after = self._answer(item, message, state, order.timeout)
                 if state is not None or not is_empty(after):
                     report.states[item.client] = after
-                if folder is not None:
+                if reply is None:
+                    report.late.append(item.position)
+                elif folder is not None:
                     report.left.append(folder.add(item.position, reply))
                 else:
                     report.replies.append((item.position, reply))
@@ -226,16 +232,16 @@ class Worker:
         numbers = {item.content for item in order.items}
         return {number: objects.assemble(self._templates[number], there) for number in numbers}
 
-    def _answer(self, item: Item, message: Message, state: RecordDict | None) -> tuple[Message, RecordDict]:
+    def _answer(
+        self, item: Item, message: Message, state: RecordDict | None, timeout: float | None
+    ) -> tuple[Message | None, RecordDict]:
         setup = self.setup
         # a client that hangs ends this process, even where it holds the GIL: the signal has no handler
         signal.setitimer(signal.ITIMER_REAL, setup.timeout)
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.get_num_threads() != setup.threads:
-            torch.set_num_threads(setup.threads)
+        use_threads(setup.threads)
         seed_everything(item.seed)
         with limited(setup.memory):
-            return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config)
+            return answer(self.app, message, item.client, setup.num_clients, state, setup.run_config, timeout)
 
 
 @contextmanager

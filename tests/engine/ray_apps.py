@@ -57,6 +57,49 @@ def slow_app(folder: str, seconds: float = 0.05) -> ClientApp:
     return app
 
 
+def busy_app(folder: str) -> ClientApp:
+    """Clients that leave a file when they are called, sleep as long as they are told, wait for a file (a
+    minute at most), and answer with how often they were called and what they found."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        said = message.content.config_records.get("config", {})
+        who = int(context.node_config["partition-id"])
+        Path(folder, f"{who}-{time.monotonic_ns()}").touch()
+        end = time.monotonic() + 60
+        if said.get("wait-for", -1) == who:
+            while not Path(folder, "go").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+        if said.get("sleeper", -1) == who:
+            time.sleep(60)
+        if said.get("loses", -1) == who:
+            raise ValueError("the sensor is broken")
+        seen = {"tag": str(context.node_config.get("tag", "")), "mode": str(context.run_config["mode"])}
+        context.node_config["tag"] = f"{seen['tag']}{who}"
+        if said.get("mode"):
+            context.run_config["mode"] = said["mode"]
+        metrics = {"calls": counted(context), "who": who, "x": float(said.get("x", 0)), "p": random.random()}
+        return messages.reply(message, metrics=metrics, config=seen)
+
+    return app
+
+
+def importing_app() -> ClientApp:
+    """Clients that import torch when they are asked, and draw from it."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        late = "torch" not in sys.modules
+        import torch
+
+        drawn = {"t": torch.rand(()).item(), "threads": torch.get_num_threads(), "late": int(late)}
+        return messages.reply(message, metrics=drawn)
+
+    return app
+
+
 def counted(context: Context) -> int:
     """How often this client was called, from its state."""
     record = context.state.get("calls", MetricRecord({"n": 0}))

@@ -279,6 +279,6 @@ def test_contents_of_all_sizes_travel(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return vars(rounds(noisy_app(), WeightedAverage(), count=len(larger), on_start=enlarge, **engine))
 
-    monkeypatch.setattr("fedsim.engine.ray.MOST", 1)
+    monkeypatch.setattr("fedsim.engine.cargo.MOST", 1)
     assert play(engine="ray", workers=2) == play(engine="serial")
     assert near == [True, True, True, True, False, True]

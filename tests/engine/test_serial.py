@@ -210,37 +210,6 @@ def test_flowers_sampling_is_reproducible_here() -> None:
     assert len(cohorts[0]) == 12
 
 
-def test_push_and_pull() -> None:
-    app = ServerApp()
-    got: list[list[int]] = []
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        out = [Message(RecordDict(), dst_node_id=n, message_type="query") for n in grid.get_node_ids()]
-        ids = list(grid.push_messages(out))
-        assert len(set(ids)) == 3
-        first = list(grid.pull_messages(ids[:1]))
-        rest = list(grid.pull_messages(ids))
-        got.append([len(first), len(rest), len(list(grid.pull_messages(ids)))])
-        assert first[0].metadata.reply_to_message_id == ids[0]
-
-    simulate(app, query_app(lambda m, c: {}), 3)
-    assert got == [[1, 2, 0]]
-
-
-def test_a_round_that_runs_out_of_time_returns_what_it_has() -> None:
-    app = ServerApp()
-    count: list[int] = []
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        out = [Message(RecordDict(), dst_node_id=n, message_type="query") for n in grid.get_node_ids()]
-        count.append(len(list(grid.send_and_receive(out, timeout=0.05))))
-
-    simulate(app, query_app(lambda m, c: time.sleep(0.03)), 50)
-    assert 1 <= count[0] < 10
-
-
 def test_one_simulation_at_a_time_and_the_identity_is_restored() -> None:
     app = ServerApp()
     errors: list[str] = []
