@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Condition, Thread
-from typing import TYPE_CHECKING
 
 from flwr.app import Error, Message
 
@@ -25,11 +24,9 @@ from fedsim import _flwr, messages
 from fedsim.engine.blocks import Block, blocks
 from fedsim.engine.cargo import HEAVY, SMALL, Cargo
 from fedsim.engine.exchange import Exchange
+from fedsim.engine.grid import BaseGrid
 from fedsim.engine.pool import Event, Pool, Slot
 from fedsim.engine.worker import Report
-
-if TYPE_CHECKING:
-    from fedsim.engine.ray import RayGrid
 
 #: seconds beyond a client's time after which a worker is ended that did not notice by itself
 _GRACE = 10.0
@@ -92,8 +89,9 @@ class Dispatcher:
         pool: its workers; nobody else uses it before `close`.
     """
 
-    def __init__(self, grid: RayGrid, pool: Pool[Job]) -> None:
+    def __init__(self, grid: BaseGrid, pool: Pool[Job], timeout: float) -> None:
         self._grid = grid
+        self._timeout = timeout
         self._pool = pool
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._news = Condition()
@@ -265,8 +263,8 @@ class Dispatcher:
         if self._own_time(exchange) and taken >= exchange.timeout:  # type: ignore[operator]
             self._post(job, partial(exchange.take_late, position))
             return
-        if taken >= self._grid.timeout:
-            reason = f"client {client}: no answer within {self._grid.timeout:g} s (engine.timeout)"
+        if taken >= self._timeout:
+            reason = f"client {client}: no answer within {self._timeout:g} s (engine.timeout)"
         elif job.deaths == 0:
             load.replays.append(replace(job, deaths=1))  # it may have been somebody else's doing
             return
@@ -287,7 +285,7 @@ class Dispatcher:
 
     def _own_time(self, exchange: Exchange) -> bool:
         """Whether the server gives clients less time than the engine."""
-        return exchange.timeout is not None and exchange.timeout < self._grid.timeout
+        return exchange.timeout is not None and exchange.timeout < self._timeout
 
     def _ends(self) -> list[tuple[float, Slot[Job]]]:
         """When to end workers, that should have stopped a client that takes longer than the server allows."""

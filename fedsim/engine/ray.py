@@ -81,7 +81,7 @@ class RayGrid(BaseGrid):
         cluster.connect(address, threads * (workers or 1) if gpu_fraction == 0 else 1)
         self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction, near=address is None and cluster.is_alone())
 
-        self._dispatcher = Dispatcher(self, self.pool)
+        self._dispatcher = Dispatcher(self, self.pool, timeout)
 
     def close(self) -> None:
         """End the workers, or keep them warm for the next simulation of this process."""
