@@ -87,6 +87,7 @@ class Dispatcher:
     Args:
         grid: whose clients run.
         pool: its workers; nobody else uses it before `close`.
+        timeout: seconds that a client may take.
     """
 
     def __init__(self, grid: BaseGrid, pool: Pool[Job], timeout: float) -> None:
