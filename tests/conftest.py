@@ -78,5 +78,4 @@ def _settings() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "type": torch.get_default_dtype(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
