@@ -19,9 +19,11 @@ from fedsim.engine.simulate import simulate
 from fedsim.errors import NotEnoughReplies
 from fedsim.intake import Intake
 from fedsim.messages import Replies
+from fedsim.server_step import ServerStep
 
 BAD = 2  #: the client that sends something else
 CLIENTS = 5
+_MEAN_OF_OTHERS = (0 * 1 + 1 * 2 + 3 * 4 + 4 * 5) / (1 + 2 + 4 + 5)
 START = {"w": np.zeros(3, np.float32), "n": np.array([0, 7])}
 #: what a toy client's reply holds
 Content = dict[str, Any]
@@ -91,7 +93,7 @@ def take(strategy: Strategy, change: Callable[[int, Content], object]) -> Taken:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        intake = Intake(strategy, messages.roster(grid), taken.notices.append)
+        intake = Intake(ServerStep(strategy, frozenset()), messages.roster(grid), taken.notices.append)
         random.seed(0)
         out = list(strategy.configure_train(1, messages.arrays_of(START), ConfigRecord({}), grid))
         received = Replies(grid.send_and_receive(out))
@@ -182,9 +184,8 @@ def test_a_bad_reply_is_as_if_its_client_had_failed(
 
 
 def test_the_means_are_those_of_the_others(without: Mapping[str, dict[str, np.ndarray]]) -> None:
-    weighted = (0 * 1 + 1 * 2 + 3 * 4 + 4 * 5) / (1 + 2 + 4 + 5)
-    np.testing.assert_allclose(without["fedavg"]["w"], weighted, rtol=1e-6)
-    np.testing.assert_allclose(without["flwr-fedavg"]["w"], weighted, rtol=1e-6)
+    np.testing.assert_allclose(without["fedavg"]["w"], _MEAN_OF_OTHERS, rtol=1e-6)
+    np.testing.assert_allclose(without["flwr-fedavg"]["w"], _MEAN_OF_OTHERS, rtol=1e-6)
     np.testing.assert_array_equal(without["fedmedian"]["w"], 2.0)  # of 0, 1, 3 and 4
     np.testing.assert_array_equal(without["own"]["w"], 2.0)
 
@@ -246,7 +247,7 @@ def test_a_metric_that_is_left_out_is_said_once_a_run() -> None:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        intake = Intake(strategy, messages.roster(grid), notices.append)
+        intake = Intake(ServerStep(strategy, frozenset()), messages.roster(grid), notices.append)
         for number in (1, 2):
             out = list(strategy.configure_train(number, messages.arrays_of(START), ConfigRecord({}), grid))
             intake.trained(number, intake.admitted(number, out, Replies(grid.send_and_receive(out))))
@@ -301,19 +302,28 @@ def test_the_strategys_own_weight_is_checked_inside_a_wrapper_too(value: float |
 
 
 @pytest.mark.parametrize("make", [WeightedAverage, FedAvg, Own])
-def test_a_loss_that_is_no_number_leaves_the_mean_and_is_named(make: type[Strategy]) -> None:
-    """The weights of such a client are good, and count."""
+def test_a_loss_that_is_no_number_leaves_the_mean(make: type[Strategy]) -> None:
+    """The weights of such a client are good, and count (the round loop names it)."""
     whole = take(make(), lambda client, own: None)
     taken = take(
         make(), lambda client, own: own["metrics"].update({"loss": np.nan}) if client == BAD else None
     )
-    expected = (0 * 1 + 1 * 2 + 3 * 4 + 4 * 5) / (1 + 2 + 4 + 5)
-    assert taken.metrics["loss"] == pytest.approx(expected)
+    assert taken.metrics["loss"] == pytest.approx(_MEAN_OF_OTHERS)
     assert taken.metrics["loss_unmeasured"] == 1
-    assert taken.notices == [f"round 1: client {BAD} left out of the mean: loss holds nan"]
     assert taken.arrays is not None
     assert whole.arrays is not None
     np.testing.assert_array_equal(taken.arrays["w"], whole.arrays["w"])
+
+
+@pytest.mark.parametrize("make", [WeightedAverage, FedMedian])
+def test_another_metric_that_is_no_number_is_named_too(make: type[Strategy]) -> None:
+    taken = take(
+        make(),
+        lambda client, own: own["metrics"].update({"power": np.inf if client == BAD else float(client)}),
+    )
+    assert taken.metrics["power"] == pytest.approx(_MEAN_OF_OTHERS)
+    assert taken.metrics["power_unmeasured"] == 1
+    assert taken.notices == [f"round 1: client {BAD} left out of the mean: power holds inf"]
 
 
 def test_no_usable_reply_ends_the_run_and_names_every_client() -> None:

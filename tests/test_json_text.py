@@ -13,7 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsim import config, json_text, payload
-from fedsim.data import attributes
+from fedsim.data import attributes, pixels
 from fedsim.errors import UserError
 from fedsim.messages import arrays_of
 from tests.helpers import tiny
@@ -79,6 +79,12 @@ def test_a_real_experiment_comes_through() -> None:
 def test_attributes_from_a_server_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="the server's list of attributes"):
         attributes.from_json(text)
+
+
+@pytest.mark.parametrize("text", [DEEP, "{}", "[7]", '[["float"]]', '[["float", "0", 1]]', "[[3, 0, 1]]"])
+def test_value_ranges_from_a_server_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="the server's list of value ranges"):
+        pixels.from_json(text)
 
 
 def test_real_attributes_come_through() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedsim import json_text
 from fedsim.data.archives import DAMAGE
 from fedsim.errors import UserError
 
@@ -159,8 +160,24 @@ def to_json(ranges: Iterable[ValueRange]) -> str:
 
 
 def from_json(text: str) -> tuple[ValueRange, ...]:
-    """The inverse of `to_json`."""
-    return tuple(ValueRange(*one) for one in json.loads(text))
+    """The inverse of `to_json`.
+
+    Raises:
+        UserError: it is something else; it comes from a server.
+    """
+    source = "the server's list of value ranges"
+    try:
+        found = json_text.received(text, source)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ranges = []
+    for one in found if isinstance(found, list) else [None]:
+        match one:
+            case [str(dtype), (int() | float() | None) as low, (int() | float() | None) as high]:
+                ranges.append(ValueRange(dtype, low, high))
+            case _:
+                raise UserError(f"{source} has {str(one)[:80]} where a dtype, black and white should be")
+    return tuple(ranges)
 
 
 # ------------------------------------------------------------------------------------------- files
