@@ -62,7 +62,7 @@ def places(model: nn.Module) -> dict[str, Place]:
             )
         prefix = f"{path}." if path else ""
         for key in module._parameters:
-            found[prefix + key] = Place(module._parameters, key, True, True)  # type: ignore[arg-type]
+            found[prefix + key] = Place(module._parameters, key, True, True)
         for key in module._buffers:
             persistent = key not in module._non_persistent_buffers_set
             found[prefix + key] = Place(module._buffers, key, False, persistent)
