@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compare with numbers of a CPU: a GPU is hidden, unless those that need one are asked for."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from fedsim.data.assets import assets_folder
