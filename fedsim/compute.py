@@ -94,6 +94,8 @@ def resolve(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # fills every new tensor with NaN, in a kernel of its own; it finds bugs and changes no result
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # fused attention adds its gradients in any order unless every such operation is an error
+    torch.backends.cuda.enable_flash_sdp(not deterministic)
+    torch.backends.cuda.enable_mem_efficient_sdp(not deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     return Compute(torch.device("cuda", torch.cuda.current_device()), precision, channels_last)

@@ -14,6 +14,12 @@ import torch
 from fedsim.data import assets
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compare with numbers of a CPU: a GPU is hidden, unless those that need one are asked for."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def machine_assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The machine's folder of assets. Tests see an empty one, and no FEDSIM_* variable of the user."""

@@ -28,7 +28,7 @@ from fedsim.files import write_atomic
 from fedsim.version import code_digest
 
 ROOT = Path(__file__).resolve().parents[2]
-CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def arguments(
@@ -114,14 +114,14 @@ def settle(device: str) -> None:
 
 @contextmanager
 def utilisation(device: str) -> Iterator[dict[str, float]]:
-    """Inside, the driver is asked ten times a second; afterwards the dictionary holds `gpu_busy`, the mean
+    """Inside, the driver is asked twice a second; afterwards the dictionary holds `gpu_busy`, the mean
     share of time in which a kernel ran (it does not say how much of the card that kernel filled).
     """
     found: dict[str, float] = {}
     if device != "cuda":
         yield found
         return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asked:
         try:
             yield found
@@ -134,7 +134,7 @@ def utilisation(device: str) -> Iterator[dict[str, float]]:
 
 
 def random_images(file: Path, count: int, size: int, *, tests: int = 100) -> Path:
-    """An archive of random images [n, 3, size, size], labels in turn: for time and memory, not for accuracy."""
+    """An archive of random images [n, 3, size, size], labels in turn: for time and memory alone."""
     rng = np.random.default_rng(0)
     parts = {
         key: rng.integers(0, 256, (n, 3, size, size), np.uint8)

@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10 with ten clients, trained to 90 % and more; then class 9 is forgotten by every method.
+"""ResNet-20 on CIFAR-10 with ten clients, trained to 90 %; then class 9 is forgotten by every method.
 
     fedsim assets fetch cifar10
     python experiments/gpu/forget.py
@@ -38,7 +38,7 @@ def plan_of(folder: Path) -> sitting.Plan:
     """The request, of a run that may be under way: retraining needs no more than its experiment."""
     run = Run(folder / RUN)
     origin = opened(run) if run.finished else Origin(run, run.experiment())
-    recover = [f"recover.rounds={max(2, origin.experiment.rounds // 8)}"]
+    recover = [f"recover.rounds={max(2, origin.experiment.rounds // 10)}"]
     return sitting.plan_of(origin, request_of(origin, "class", ["9"]), recover, folder / "forget")
 
 

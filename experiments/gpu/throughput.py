@@ -3,14 +3,12 @@
     python experiments/gpu/throughput.py
 
 Every client has 50 images and trains one epoch in batches of 10 with SGD. The hand-written loop is what
-somebody would write who has nothing else to do: all images on the card, weights copied there, sums kept there.
+somebody would write who has nothing else to do: images, weights and sums stay on the card.
 Contenders of a workload:
 
     loop             that loop
     serial           fedsim's serial engine as it is configured by default (deterministic algorithms)
     serial-free      the same with compute.deterministic = false
-    serial-pageable  (LeNet and ResNet-20) the same as `serial`, with batches from ordinary memory in place of pinned memory
-    serial-filled    (the two) the same as `serial`, with torch's filling of new tensors on, as deterministic mode has it
     ray-N            N workers on the card (only where Ray is installed)
 
 Clients that are trained as one batch of models will be another contender; this version has none.
@@ -21,8 +19,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +28,7 @@ import common
 import numpy as np
 import torch
 
-from fedsim import building, compute, config
+from fedsim import building, config
 from fedsim.config import Experiment
 from fedsim.finish import run_experiment
 from fedsim.hooks import Hook, Round
@@ -42,8 +39,6 @@ from fedsim.task import Task
 BATCH, SAMPLES, RATE = 10, 50, 0.01
 IMAGES, DIGITS = (200, 50), (20, 20)  #: clients, cohort
 CONTENDERS = ("loop", "serial", "serial-free")
-ABLATIONS = ("serial-pageable", "serial-filled")  #: what two habits of the engine are worth, on two workloads
-ABLATED = ("lenet", "resnet20")
 #: name -> (clients and cohort, sections of the experiment)
 WORKLOADS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "lenet": (IMAGES, {"model": {"name": "nets:lenet"}}),
@@ -138,43 +133,24 @@ def engine_rounds(chosen: Experiment, folder: Path) -> list[float]:
     return np.diff(clock.ends)[1:-1].tolist()
 
 
-@contextmanager
-def variant(name: str) -> Iterator[list[str]]:
-    """Overrides of a contender; inside, what no key of an experiment can change is changed, too."""
-    overrides = {"serial-free": ["compute.deterministic=false"]}.get(name, [])
-    if name.startswith("ray-"):
-        workers = int(name.removeprefix("ray-"))
-        overrides = ["engine.name=ray", f"engine.workers={workers}", f"engine.gpu_fraction={1 / workers}"]
-    send, resolve = compute.Compute.send, compute.resolve
-
-    def pageable(self: compute.Compute, array: Any) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-    def filled(*arguments: Any, **options: Any) -> compute.Compute:
-        found = resolve(*arguments, **options)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        return found
-
-    try:
-        if name == "serial-pageable":
-            compute.Compute.send = pageable  # type: ignore[method-assign]
-        if name == "serial-filled":
-            compute.resolve = filled
-        yield overrides
-    finally:
-        compute.Compute.send, compute.resolve = send, resolve  # type: ignore[method-assign]
+def variant(contender: str) -> list[str]:
+    """Overrides of a contender."""
+    if contender.startswith("ray-"):
+        workers = int(contender.removeprefix("ray-"))
+        return ["engine.name=ray", f"engine.workers={workers}", f"engine.gpu_fraction={1 / workers}"]
+    return {"serial-free": ["compute.deterministic=false"]}.get(contender, [])
 
 
 def measured(name: str, contender: str, given: Any, folder: Path) -> dict[str, Any]:
     """Clients per second of one contender on one workload."""
     cohort = 2 if given.tiny else WORKLOADS[name][0][1]
     rounds = 2 if given.tiny else 4
-    with variant(contender) as overrides, common.utilisation(given.device) as busy:
+    with common.utilisation(given.device) as busy:
         if contender == "loop":
             task = building.build(experiment(name, given, folder, 1, "compute.deterministic=false"))
             times = loop_rounds(task, cohort, rounds + 1)[1:]
         else:
-            times = engine_rounds(experiment(name, given, folder, rounds + 2, *overrides), folder)
+            times = engine_rounds(experiment(name, given, folder, rounds + 2, *variant(contender)), folder)
     return {
         "workload": name,
         "contender": contender,
@@ -198,8 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         count = 2 * SAMPLES if given.tiny else IMAGES[0] * SAMPLES
         common.random_images(where / "images.npz", count, 32)
         for name in names:
-            usual = [*CONTENDERS, *(ABLATIONS if name in ABLATED else ()), *ray]
-            for contender in given.contenders.split(",") if given.contenders else usual:
+            for contender in given.contenders.split(",") if given.contenders else [*CONTENDERS, *ray]:
                 if report.late():
                     return
                 report.add(**measured(name, contender, given, where))

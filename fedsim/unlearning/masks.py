@@ -36,12 +36,13 @@ def enforce(state: Mapping[str, Tensor], fills: Mapping[str, Mapping[str, float]
     Args:
         state: name -> tensor; must have all names of the masked layers.
         fills: layer -> its `entries`.
-        masks: on the state's device.
+        masks: on any device.
     """
     for layer, mask in masks.items():
         for name, value in fills[layer].items():
             tensor = state[name]
-            tensor.masked_fill_(mask.view(-1, *[1] * (tensor.dim() - 1)), value)
+            where = mask.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+            tensor.masked_fill_(where, value)
 
 
 def union(left: Masks, right: Masks) -> dict[str, Tensor]:
