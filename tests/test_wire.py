@@ -84,7 +84,7 @@ class Nameless(FederatedClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         name = self.names.get(context.node_id - FIRST_NODE, -2)
-        del context.node_config["partition-id"]
+        context.node_config.pop("partition-id", None)
         if name is not None:
             context.node_config["partition-id"] = name
         return super().__call__(message, context)
