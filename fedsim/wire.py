@@ -129,12 +129,13 @@ class WireGrid(_flwr.BareGrid):
         waiting = dict.fromkeys(self.push_messages(messages))
         replies: list[Message] = []
         while waiting and time.monotonic() < deadline:
-            for reply in self.pull_messages(list(waiting)):
+            came = list(self.pull_messages(list(waiting)))
+            for reply in came:
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 replies.append(reply)
                 if self.on_reply is not None:
                     self.on_reply(reply)
-            if waiting:
+            if waiting and not came:
                 time.sleep(POLL)
         return replies
 

@@ -216,7 +216,7 @@ def test_a_node_reads_its_pixels_as_the_server_does(tmp_path: Path) -> None:
     assert from_json(to_json(server.ranges)) == server.ranges
     dark = tmp_path / "dark.npz"
     stored(dark, (GREY * 200).astype(np.uint16))
-    keys: dict[str, Any] = {"client": 0, "clients": 1}
+    keys: dict[str, Any] = {"client": 0, "clients": 1, "classes": server.classes}
     alone = load_own(str(dark), {}, **keys).arrays
     assert alone.train_x.max() == 200
     joined = load_own(str(dark), {"size": 8}, **keys, ranges=server.ranges).arrays

@@ -15,8 +15,9 @@ def shared_ray() -> Iterator[None]:
     """Four CPUs and two GPUs that do not exist."""
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray counts the GPUs that it names
+        ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
         patch.setattr(engine, "_torch_is_used", lambda: False)  # an import less in every worker
         yield
     ray.shutdown()
