@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,7 @@ def _share(plan: Plan, client: int) -> float:
         for row in run.client_rows():
             if row["phase"] != "train" or "error" in row or row["client"] in gone:
                 continue
-            if row.get(messages.EXAMPLES) is not None:  # else the reply was refused
+            if math.isfinite(row.get(messages.EXAMPLES, math.nan)):  # else the reply was refused
                 weights = rounds.setdefault(row["round"], {})
                 weights[row["client"]] = messages.weight_of(row, weighting)
         totals = [(weights.get(client, 0.0), sum(weights.values())) for weights in rounds.values()]

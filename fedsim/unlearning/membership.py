@@ -58,7 +58,7 @@ def attack(
     return found
 
 
-def _figures(members: Floats, others: Floats) -> dict[str, float]:
+def _figures(members: Floats, others: Floats) -> Power:
     """NaN where a model's outputs are not finite: nothing can be told of it."""
     if not (np.isfinite(members).all() and np.isfinite(others).all()):
         return {"auc": math.nan, "tpr": math.nan}

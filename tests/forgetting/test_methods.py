@@ -25,7 +25,7 @@ def plan(folder: Path, rounds: list[dict[int, Any]], *overrides: str, ids: tuple
             rows.append(row | (examples if isinstance(examples, dict) else {"num-examples": examples}))
             rows.append({**row, "phase": "evaluate", "num-examples": 1000})
     (folder / "clients.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Plan(Origin(Run(folder), tiny(*overrides)), Request("client", ids), 1, folder)
+    return Plan(Origin(Run(folder), tiny(*overrides), ()), Request("client", ids), 1, folder)
 
 
 def test_only_those_who_took_part_count_by_their_examples(tmp_path: Path) -> None:
