@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.errors import UserError
 
@@ -40,17 +39,6 @@ class Compute:
         """Move a model to the device and into the memory layout."""
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         return model.to(self.device).to(memory_format=layout)
-
-    def send(self, array: NDArray[Any]) -> Tensor:
-        """An array as a tensor on the device, of the same shape and dtype.
-
-        A copy from ordinary memory waits until the GPU is done with all that was queued before; one from
-        pinned memory is queued behind it, so that the CPU prepares the next step meanwhile.
-        """
-        tensor = torch.from_numpy(array)
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def autocast(self, *, on: bool = True) -> AbstractContextManager[Any]:
         """Around a forward pass: matrix products in 16 bits, unless the precision is fp32.

@@ -201,7 +201,7 @@ class Task:
             picked = [self._views[view][rows[i : i + 1]] for i, view in enumerate(chosen)]
             return self._on_device(np.concatenate(picked), labels[rows])
         images, own = self._batch(self.data.arrays.train_x, labels, rows)
-        draws = self.compute.send(torch.rand(len(rows), augmentation.DRAWS).numpy())
+        draws = torch.rand(len(rows), augmentation.DRAWS).to(self.device)
         return augmentation.augmented(images, draws, self.experiment.settings["augmentation"]), own
 
     @property
@@ -213,14 +213,14 @@ class Task:
     def inputs_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
         """Inputs of `network` for rows of the `train` or `test` part, on the device."""
         inputs = self.train_inputs if part == "train" else self.test_inputs
-        return self.compute.send(inputs[rows])
+        return torch.from_numpy(inputs[rows]).to(self.device)
 
     def attributes_of(self, part: str, rows: NDArray[np.int64]) -> Tensor:
         """Values of `attributes` for rows of the `train` or `test` part, float32 [b, a], on the device."""
         arrays = self.data.arrays
         columns = positions(self.attributes, arrays.attributes)
         z: Any = arrays.train_z if part == "train" else arrays.test_z
-        return self.compute.send(z[rows][:, columns])
+        return torch.from_numpy(z[rows][:, columns]).to(self.device)
 
     def _batch(
         self, x: features.Features | NDArray[Any], y: NDArray[np.int64], rows: NDArray[np.int64]
@@ -228,7 +228,7 @@ class Task:
         return self._on_device(x[rows], y[rows])
 
     def _on_device(self, x: NDArray[Any], y: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        return self.compute.send(x), self.compute.send(y)
+        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
     @torch.no_grad()
     def _scores(

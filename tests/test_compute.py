@@ -77,6 +77,25 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_error() -> None:
         resolve("cuda", "bf16", deterministic=True)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_leaves_attention_no_kernel_that_adds_in_any_order(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch warns of them and goes on; found on a GPU, where tests/test_gpu.py looks for the warning."""
+    cuda = torch.backends.cuda
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    try:
+        resolve("cuda", "fp32", deterministic=deterministic)
+        fused = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled())
+        assert fused == (not deterministic,) * 3
+        assert cuda.math_sdp_enabled()
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        resolve("cuda", "fp32", deterministic=False)
+
+
 @pytest.mark.parametrize(
     ("model", "tuning", "optimizer"),
     [

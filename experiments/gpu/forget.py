@@ -26,6 +26,7 @@ import common
 from fedsim import config
 from fedsim.finish import run_experiment
 from fedsim.forgetting import experiments, sitting
+from fedsim.forgetting.evidence import curve_of
 from fedsim.forgetting.methods import RETRAIN
 from fedsim.forgetting.request import Origin, opened, request_of
 from fedsim.runs import Run
@@ -120,8 +121,10 @@ def forget(given: Any, report: common.Report, folder: Path) -> None:
     names = experiments.methods_of(plan.origin, plan.request, given.methods or "all")
     with common.utilisation(given.device) as busy:
         seconds = together(names, folder, left())
-    report.add(phase="forget", recovery_rounds=plan.rounds, seconds=seconds, **busy)
     done = [name for name in (*names, *RETRAIN) if Run(plan.folder / name).finished]
+    # before the long examination: what every run measured itself in its last round
+    ends = {name: curve_of(Run(plan.folder / name))[-1] for name in done}
+    report.add(phase="forget", recovery_rounds=plan.rounds, seconds=seconds, ends=ends, **busy)
     if report.late() or not {*RETRAIN} <= {*done}:
         return
     wish = sitting.Wish([name for name in done if name not in RETRAIN], relearn=0)

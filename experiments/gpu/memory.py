@@ -25,7 +25,7 @@ from fedsim.errors import UserError
 from fedsim.local_learning.learner import LocallySupervised
 from fedsim.local_learning.meters import peak_bytes
 from fedsim.models.base import Classifier, DataInfo
-from fedsim.models.resnet import resnet32
+from fedsim.models.resnet import resnet20, resnet32
 from fedsim.models.timm_models import timm_model
 from fedsim.models.tuning import full
 
@@ -36,6 +36,7 @@ IMAGENET = DataInfo(CLASSES, (3, 224, 224))
 NETWORKS: dict[str, tuple[Callable[[], Classifier], int, int]] = {
     "resnet101": (partial(timm_model, IMAGENET, name="resnet101"), 224, 64),
     "resnet32": (resnet32, 32, 1024),
+    "resnet20": (resnet20, 32, 1024),
     "vit-b16": (partial(timm_model, IMAGENET, name="vit_base_patch16_224"), 224, 64),
 }
 #: what the papers write about comes first
@@ -47,7 +48,7 @@ ORDER = (
     ("resnet32", 4),
     ("vit-b16", 12),
 )
-TINY = (("resnet32", 4),)
+TINY = (("resnet20", 4),)
 _STEPS = 3
 
 

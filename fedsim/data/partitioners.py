@@ -236,7 +236,7 @@ def _flower() -> Any:
             from flwr_datasets import partitioner
         except ModuleNotFoundError as error:
             raise UserError(
-                f"[partition] this partition is cut by flwr-datasets, and Python module '{error.name}' is not "
+                f"[partition] flwr-datasets makes this partition, and Python module '{error.name}' is not "
                 'installed: pip install "flwr-datasets>=0.6,<0.7", or choose [partition] name = "iid"'
             ) from error
     datasets.disable_progress_bars()

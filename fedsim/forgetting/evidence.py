@@ -140,7 +140,7 @@ class Examiner:
         set_train_mode(model, training=False)
         features, logits = [], []
         for start in range(0, len(rows), size):
-            inputs = self.task.compute.send(np.array(x[rows[start : start + size]]))
+            inputs = torch.from_numpy(np.array(x[rows[start : start + size]])).to(self.task.device)
             with self.task.compute.autocast():
                 below = model.backbone(inputs)
                 out = model.head(below)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -151,6 +152,27 @@ def test_a_cached_partition_needs_no_flwr_datasets(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert outputs == ["4950 True\n", "4950 False\n"]
+
+
+def test_without_flwr_datasets_plain_cuts_work_and_others_say_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path))
+    expected = split("iid").indices
+    module = importlib.import_module("fedsim.data.partition")
+    known = module.version
+
+    def version(name: str) -> str:
+        if name == "flwr-datasets":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return str(known(name))
+
+    monkeypatch.setattr(module, "version", version)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    np.testing.assert_array_equal(split("iid").indices, expected)
+    for name in ("dirichlet", "shard"):
+        with pytest.raises(UserError, match="'datasets' is not installed: pip install"):
+            split(name)
 
 
 def test_a_damaged_cache_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

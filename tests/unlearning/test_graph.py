@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from fedsim.models.base import Classifier, DataInfo
@@ -158,3 +159,12 @@ def test_masks_are_enforced_on_meta_tensors() -> None:
     mask = torch.empty(3, dtype=torch.bool, device="meta")
     enforce(state, {"l": {"w": 0.0, "v": 1.0}}, {"l": mask})
     assert state["w"].is_meta
+
+
+def test_masks_of_the_cpu_are_enforced_on_a_gpu() -> None:
+    """As they come from a file; a fake tensor refuses, like a real one, to meet another device's."""
+    with FakeTensorMode():
+        state = {"w": torch.ones(3, 2, device="cuda"), "v": torch.ones(3, device="cuda")}
+        mask = torch.tensor([True, False, True])
+        enforce(state, {"l": {"w": 0.0, "v": 1.0}}, {"l": mask})
+        assert state["w"].is_cuda
