@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsim import assets_cli, forget_cli, json_text, sweep_cli
-from fedsim.cli_options import Command, Commands, Debug, File, Json, RunFolder, Runs, Set, Verbose
+from fedsim.cli_options import Command, Commands, Debug, File, Json, RunConfig, RunFolder, Runs, Set, Verbose
 from fedsim.errors import UserError
 from fedsim.files import place_for, place_for_picture
 from fedsim.session import Session
@@ -60,6 +60,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of the same name.")] = False,
     clients: Annotated[int | None, typer.Option(min=1, help="Simulated nodes of a Flower app.")] = None,
+    run_config: RunConfig = None,
+    node_config: Annotated[list[str] | None, typer.Option("--node-config", hidden=True)] = None,
+    federation_config: Annotated[list[str] | None, typer.Option("--federation-config", hidden=True)] = None,
     as_json: Json = False,
     folder: Runs = None,
     verbose: Verbose = False,
@@ -68,14 +71,28 @@ def run(
     """Run an experiment, or anybody's Flower app.
 
     FILE is an experiment file, the name of a shipped one (fedsim list experiments; the quickstart if none
-    is given), or the folder of a Flower app, which then runs unchanged on our engine with --clients nodes;
-    --set gives engine.name, engine.workers, seed, and keys of the app's own config.
+    is given), or the folder of a Flower app, which then runs unchanged on our engine with --clients nodes (or
+    as many as its pyproject.toml says); --set gives engine.name, engine.workers, seed, and keys of the app's
+    own config, which --run-config takes as flwr run does.
     """
     with Session(debug=debug, verbose=verbose, on_stderr=as_json) as session:
-        if file is not None and Path(file).is_dir():
-            raise typer.Exit(_run_app(session, Path(file), clients, overrides or []))
+        if node_config or federation_config:
+            raise UserError(
+                "--node-config and --federation-config are for Flower's own nodes; simulated ones take "
+                "--clients N and --set engine.KEY=VALUE, and find their partition-id in context.node_config"
+            )
+        app_folder = _app_folder(file)
+        if app_folder is not None:
+            unused = {"--name": name, "--overwrite": overwrite, "--json": as_json, "--folder": folder}
+            for option in [option for option, given in unused.items() if given]:
+                raise UserError(
+                    f"{option} is for experiments; a Flower app keeps what it wants: leave it out"
+                )
+            raise typer.Exit(_run_app(session, app_folder, clients, overrides or [], run_config or []))
         if clients is not None:
             raise UserError("--clients is for the folder of a Flower app; here say --set partition.clients=N")
+        if run_config:
+            raise UserError("--run-config is for the folder of a Flower app; here say --set KEY=VALUE")
         from fedsim import config
 
         with session.loading(config.find(file or "quickstart").stem):
@@ -355,18 +372,37 @@ def _close(
         print(json_text.dump(summary))
 
 
-def _run_app(session: Session, folder: Path, clients: int | None, overrides: list[str]) -> int:
+def _app_folder(file: str | None) -> Path | None:
+    """The folder of the Flower app that is to run, or None where it is an experiment.
+
+    Raises:
+        UserError: it is a packed app.
+    """
+    if file is None:
+        return None
+    path = Path(file)
+    if path.suffix.lower() == ".fab":
+        raise UserError(
+            f"{file} is a packed Flower app: unpack it and run the folder: python -m zipfile -e {file} app; "
+            "fedsim run app"
+        )
+    if path.name == "pyproject.toml":
+        return path.parent
+    return path if path.is_dir() else None
+
+
+def _run_app(
+    session: Session, folder: Path, clients: int | None, overrides: list[str], run_config: list[str]
+) -> int:
     """Somebody's Flower app on our engine; its exit status."""
     from fedsim import foreign
 
-    if not foreign.is_app(folder):
-        raise UserError(f"{folder} holds no Flower app (no pyproject.toml with [tool.flwr.app])")
-    if clients is None:
-        raise UserError(f"how many nodes? fedsim run {folder} --clients 10")
-    described = foreign.described(folder, clients, overrides)
+    described = foreign.described(folder, clients, overrides, run_config)
+    for text in described["notes"]:
+        print(f"note  {text}", file=sys.stderr)  # stdout is the app's
     with session.loading(folder.resolve().name, aside=True):
         pass  # the app has the terminal to itself
-    return foreign.launch(described)
+    return foreign.launch({**described, "debug": session.debug})
 
 
 def _next_command(finished: Run, experiment: Experiment, file: str | None) -> str:

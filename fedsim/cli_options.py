@@ -18,6 +18,12 @@ from fedsim.errors import nearest
 File = Annotated[str | None, typer.Argument(hidden=True)]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key (repeat).")]
+RunConfig = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--run-config", "-c", metavar="'A=1 B=2'|TOML", help="Keys of a Flower app's config (repeat)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what libraries log and warn of.")]

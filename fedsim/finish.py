@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from fedsim.rounds import Loop, Progress
     from fedsim.task import Task
 
+#: what the system says of a place that cannot be written, in the words of the closing line
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "a place may not be used",
+}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -221,11 +229,10 @@ def _simulate(experiment: Experiment, run: Run, hooks: Sequence[Hook]) -> None:
             **engine.options,
         )
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        what = _DISK.get(error.errno or 0)
+        if what is None:
             raise
-        raise UserError(
-            f"the disk is full ({error}); free some space, then go on with: fedsim resume {run.folder}"
-        ) from error
+        raise UserError(f"{what} ({error}); then go on with: fedsim resume {run.folder}") from error
 
 
 def baseline(experiment: Experiment, name: str) -> Experiment:

@@ -13,65 +13,87 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
+import traceback
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fedsim.errors import UserError, nearest
-from fedsim.files import text_of
-from fedsim.overrides import dotted, key_of, once, toml_value
+from fedsim.flower_project import Project
+from fedsim.overrides import once, pair
 
 
-def is_app(folder: Path) -> bool:
-    """Whether a folder holds a Flower app (a pyproject.toml with `[tool.flwr.app]`)."""
-    return "app" in _document(folder).get("tool", {}).get("flwr", {})
-
-
-def described(folder: Path, clients: int, overrides: Iterable[str]) -> dict[str, Any]:
+def described(
+    folder: Path, clients: int | None, overrides: Iterable[str], run_config: Iterable[str] = ()
+) -> dict[str, Any]:
     """What the fresh process needs to know.
 
     Args:
         folder: of the app.
-        clients: number of simulated nodes.
+        clients: number of simulated nodes; None for the number in the app's pyproject.toml.
         overrides: `engine.KEY=VALUE` for our engine, `seed=N`, or a key of the app's own config.
+        run_config: keys of the app's own config as `flwr run --run-config` takes them: `"a=1 b='x'"`, or the
+            name of a TOML file.
+
+    Returns:
+        The description; `notes` are lines that the user should read.
 
     Raises:
-        UserError: the folder names no server app or client app, or a key is unknown.
+        UserError: the folder names no server app or client app, nobody says how many nodes, or a key is
+            unknown.
     """
-    app = _document(folder)["tool"]["flwr"]["app"]
-    parts = app.get("components", {})
-    for part in ("serverapp", "clientapp"):
-        if ":" not in str(parts.get(part, "")):
-            raise UserError(
-                f'{folder}/pyproject.toml: [tool.flwr.app.components] needs {part} = "module:object"'
-            )
-    config = dotted(app.get("config", {}))
-    engine: dict[str, Any] = {"name": "serial"}
-    seed = 0
-    for override in once(overrides):
-        key, value = key_of(override), toml_value(override.partition("=")[2].strip())
-        if key.startswith("engine."):
-            engine[key.removeprefix("engine.")] = value
-        elif key in config:
-            config[key] = value
-        elif key == "seed":
-            seed = value
-        else:
-            known = [*config, "engine.name", "seed"]
-            raise UserError(
-                f"--set {override}: the app in {folder} has no key '{key}': {nearest(key, known)}"
-            )
+    project = Project.read(folder)
+    config, engine, notes = _chosen(project, overrides, run_config)
+    if clients is None:
+        clients = project.nodes()
+        notes.append(f"{clients} nodes, as {project.file} says; --clients N takes another number")
+    options, said = project.resources(engine)
     return {
         "folder": str(folder.resolve()),
-        "serverapp": parts["serverapp"],
-        "clientapp": parts["clientapp"],
+        "serverapp": project.part("serverapp"),
+        "clientapp": project.part("clientapp"),
         "clients": clients,
-        "engine": engine,
-        "seed": seed,
+        "seed": engine.pop("seed", 0),
+        "engine": {**options, **engine},
         "config": config,
+        "requires": project.requires,
+        "notes": [*notes, *said],
     }
+
+
+def _chosen(
+    project: Project, overrides: Iterable[str], run_config: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The app's config, our engine's options (its seed among them), and what to tell the user about them."""
+    own: dict[str, tuple[str, Any]] = {}  #: what was said of keys of the app, and their values
+    engine: dict[str, Any] = {"name": "serial"}
+    notes = []
+
+    def choose(key: str, value: Any, said: str, known: Iterable[str]) -> None:
+        if key not in project.config:
+            raise UserError(f"{said}: {project.lacks(key)}: {nearest(key, known)}")
+        if own.setdefault(key, (said, value)) != (said, value):
+            raise UserError(f"{own[key][0]} and {said} set one key twice; keep one of them")
+
+    for text in run_config:
+        for key, value in project.values(text):
+            choose(key, value, f"--run-config {key}={value}", project.config)
+    for override in once(overrides):
+        key, value = pair(override)
+        ours = key.removeprefix("engine.")
+        if ours == "seed" and type(value) is not int:
+            raise UserError(f"--set {override}: a seed is a whole number")
+        if ours == "seed" or ours != key:
+            engine[ours] = value
+        if ours != key:
+            if key in project.config:
+                notes.append(f"--set {override} is for our engine; --run-config {key}=... is for the app")
+        elif key != "seed" or key in project.config:
+            value = project.checked(key, value)
+            choose(key, value, f"--set {override}", [*project.config, "engine.name", "seed"])
+            if key == "seed":
+                notes.append(f"--set {override} sets the app's own key 'seed' and the seed of our engine")
+    return {**project.config, **{key: value for key, (_, value) in own.items()}}, engine, notes
 
 
 def launch(description: Mapping[str, Any]) -> int:
@@ -89,10 +111,14 @@ def launch(description: Mapping[str, Any]) -> int:
 def main(text: str) -> int:
     """The fresh process."""
     from fedsim.engine.simulate import simulate
+    from fedsim.flower_names import loaded
 
     given = json.loads(text)
+    sys.argv[:] = [given["folder"]]  # a module that parses options at import finds none
     try:
-        server_app, client_app = (_object(given[part]) for part in ("serverapp", "clientapp"))
+        server_app, client_app = (
+            loaded(given[part], part, given["requires"]) for part in ("serverapp", "clientapp")
+        )
         engine = dict(given["engine"])
         simulate(
             server_app,
@@ -104,33 +130,14 @@ def main(text: str) -> int:
             **engine,
         )
     except UserError as error:
+        if given.get("debug"):
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _object(reference: str) -> Any:
-    module, _, name = reference.partition(":")
-    try:
-        found: Any = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot load '{reference}' ({error}); is what the app needs installed?") from error
-    return found
-
-
-def _document(folder: Path) -> dict[str, Any]:
-    file = folder / "pyproject.toml"
-    try:
-        return tomllib.loads(text_of(file))
-    except FileNotFoundError:
-        return {}
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from error
 
 
 if __name__ == "__main__":

@@ -55,6 +55,18 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
+def pair(override: str, option: str = "--set") -> tuple[str, Any]:
+    """`"client.lr=0.01"` -> `("client.lr", 0.01)`.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{option} {override}: expected KEY=VALUE, for example {option} client.lr=0.01")
+    return key.strip(), toml_value(value.strip())
+
+
 def toml_value(text: str) -> Any:
     """A TOML value, or the text itself when it is none."""
     try:
@@ -82,17 +94,14 @@ def from_values(values: Mapping[str, Any]) -> list[str]:
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set client.lr=0.01")
-    *path, last = key.strip().split(".")
+    key, chosen = pair(override)
+    *path, last = key.split(".")
     place = tables
     for part in path:
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
             raise UserError(f"--set {override}: '{part}' is a value, not a section")
         place = inner
-    chosen = toml_value(value.strip())
     if len(path) == 1 and last == "name" and chosen != place.get("name", settings.DEFAULT_NAMES.get(path[0])):
         # another object: the keys of the former one do not belong to it, those common to all do
         kept = registry.schema(settings.COMMON[path[0]]).model_fields if path[0] in settings.COMMON else {}

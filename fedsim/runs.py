@@ -41,7 +41,7 @@ from fedsim.hooks import Hook, Round
 
 def default_folder() -> Path:
     """Where run folders are made: `FEDSIM_RUNS` or `runs` in the current folder."""
-    return Path(os.environ.get("FEDSIM_RUNS", "runs"))
+    return Path(os.environ.get("FEDSIM_RUNS", "runs")).expanduser()
 
 
 def found(folder: Path) -> Path:
@@ -124,7 +124,7 @@ class Run:
             made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{experiment.name}."))
         except OSError as error:
             raise UserError(
-                f"cannot make a run folder in '{parent}': {error.strerror}; give --folder"
+                f"cannot make a run folder in '{parent}': {error.strerror}; give --folder, or set FEDSIM_RUNS"
             ) from error
         (made / "experiment.toml").write_text(experiment.toml(), "utf-8")
         (made / "origin.json").write_text(json.dumps({"folders": experiment.folders}), "utf-8")
@@ -181,7 +181,13 @@ class Run:
         Raises:
             UserError: another process holds it.
         """
-        with open(self.folder / ".lock", "w") as handle:
+        try:
+            handle = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}); make it writable, or go on with a copy"
+            ) from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

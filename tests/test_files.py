@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsim import config, foreign
+from fedsim import config
 from fedsim.errors import UserError
 from fedsim.files import place_for, place_for_picture, text_of
+from fedsim.flower_project import Project
 
 TOML = 'name = "größer"\n[data]\nname = "digits"\n[model]\nname = "mlp"\n'
 
@@ -25,7 +26,7 @@ def test_utf_8_is_read_with_and_without_a_mark(mark: bytes, tmp_path: Path) -> N
     [("latin-1", "byte 0xf6 in line 1"), ("utf-16", "UTF-16"), ("cp1252", "byte 0xf6 in line 1")],
 )
 def test_other_encodings_are_named_with_the_fix(encoding: str, found: str, tmp_path: Path) -> None:
-    for name, read in (("x.toml", config.read), ("pyproject.toml", lambda file: foreign.is_app(file.parent))):
+    for name, read in (("x.toml", config.read), ("pyproject.toml", lambda file: Project.read(file.parent))):
         (tmp_path / name).write_bytes(TOML.encode(encoding))
         with pytest.raises(UserError) as caught:
             read(tmp_path / name)

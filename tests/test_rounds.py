@@ -374,6 +374,13 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         Run.create(tiny(), tmp_path / "runs")
 
 
+def test_a_run_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    made = Run.create(tiny(), tmp_path)
+    (made.folder / ".lock").mkdir()  # what root, too, cannot open for writing
+    with pytest.raises(UserError, match=r"tiny cannot be written \(Is a directory\); make it writable"):
+        resume(made.folder)
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint of round 2 cannot be written: one line says so, and the run goes on from round 1."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim import registry
-from fedsim.data.store import cache_folder, cache_key, code_stamp
+from fedsim.data.store import cache_folder, cache_key, cache_writing, code_stamp
 from fedsim.errors import UserError
 from fedsim.files import write_atomic
 
@@ -133,7 +133,8 @@ def partition(
     made = Partition(np.concatenate([np.sort(own) for own in members]).astype(np.int64), offsets)
     buffer = BytesIO()
     np.savez(buffer, indices=made.indices, offsets=made.offsets)
-    write_atomic(file, buffer.getvalue())
+    with cache_writing(file):
+        write_atomic(file, buffer.getvalue())
     return made
 
 

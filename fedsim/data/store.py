@@ -15,8 +15,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,33 @@ def cache_folder(part: str) -> Path:
         UserError: it cannot be made.
     """
     chosen = os.environ.get("FEDSIM_CACHE")
-    folder = (Path(chosen) if chosen else Path.home() / ".cache" / "fedsim") / part
     try:
+        folder = (Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fedsim") / part
         folder.mkdir(parents=True, exist_ok=True)
+    except RuntimeError as error:  # HOME is not set and the system knows no home of this user
+        raise UserError("no home folder is known (HOME); set FEDSIM_CACHE to a folder") from error
     except OSError as error:
         raise UserError(
             f"cannot make the cache folder '{folder}' ({error.strerror}); "
             "set FEDSIM_CACHE to a folder you may write to"
         ) from error
     return folder
+
+
+@contextmanager
+def cache_writing(place: Path) -> Iterator[None]:
+    """Around whatever writes a file or folder of the cache.
+
+    Raises:
+        UserError: it cannot be written (the cache is read-only, or full); names the fix.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write '{place}' ({error.strerror}); free some space there, or set FEDSIM_CACHE to a "
+            "folder you may write to"
+        ) from error
 
 
 def cache_key(*parts: object) -> str:
@@ -84,7 +102,9 @@ def load_arrays(name: str, options: Mapping[str, Any], *, roots: Sequence[Path] 
         found = _open(folder)
         if found is not None:
             return found
-        _write(folder, _checked(source.target(**keys), name))
+        arrays = _checked(source.target(**keys), name)
+        with cache_writing(folder):
+            _write(folder, arrays)
     found = _open(folder)
     if found is None:
         raise UserError(f"the cache entry '{folder}' cannot be read back; delete it and check the disk")

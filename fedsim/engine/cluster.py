@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
 import warnings
 from math import floor
 from typing import Any
@@ -21,6 +22,10 @@ SWITCHES = {
     "task_events_report_interval_ms": 0,
     "enable_metrics_collection": False,
 }
+
+#: what Ray appends to its folder for its longest socket, and the bytes that the name of a socket may have
+_SOCKET = "/session_2026-11-27_15-21-17_304162_1234567/sockets/plasma_store.1"
+_LONGEST = 107
 
 #: node id and CPUs of the instance that this process started
 _own: tuple[str, int] | None = None
@@ -45,6 +50,7 @@ def connect(address: str | None, cpus: int) -> None:
         ray.shutdown()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
+        check_folder()
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(cpus, cores())}
         options |= {"_system_config": SWITCHES}
     else:
@@ -56,11 +62,43 @@ def connect(address: str | None, cpus: int) -> None:
             ray.init(**options)
     except ConnectionError as error:
         raise _nobody(address) from error
+    except OSError as error:
+        raise _unfit(str(error)) from error
     except Exception as error:  # Ray's own class is the bare Exception: it gives itself 30 seconds
         raise UserError(
             f"Ray did not start ({error}); try again when the machine is less busy, or use the serial engine"
         ) from error
     _own = (here(), options["num_cpus"]) if address is None else None
+
+
+def check_folder() -> None:
+    """Make sure that Ray can put its sockets and logs where it will: it says little when it cannot.
+
+    Raises:
+        UserError: the folder cannot be written, or its name is too long for a socket in it.
+    """
+    folder = os.path.join(_temporary(), "ray")
+    longest = len(os.fsencode(folder + _SOCKET))
+    if longest > _LONGEST:
+        raise _unfit(f"its name is {longest - _LONGEST} bytes too long for sockets in it")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unfit(error.strerror or str(error)) from error
+
+
+def _temporary() -> str:
+    """The folder of which Ray takes the part `ray`."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _unfit(why: str) -> UserError:
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "the default")
+    return UserError(
+        f"Ray cannot use the temporary folder '{_temporary()}' ({variable}): {why}; set RAY_TMPDIR to a "
+        "short path that you may write to and that has room, or use the serial engine"
+    )
 
 
 def _check_that_it_answers(address: str) -> None:

@@ -25,6 +25,7 @@ from fedsim.engine.blocks import Block, blocks
 from fedsim.engine.cargo import HEAVY, SMALL, Cargo
 from fedsim.engine.exchange import Exchange
 from fedsim.engine.grid import BaseGrid
+from fedsim.engine.output import pass_on
 from fedsim.engine.pool import Event, Pool, Slot
 from fedsim.engine.worker import Report
 
@@ -327,6 +328,8 @@ class Dispatcher:
 def _hand_over(job: Job, report: Report) -> None:
     """Take a report, in the thread that waits for it."""
     exchange = job.load.exchange
+    for client, printed in report.printed:
+        pass_on(client, printed)
     for position, reply in report.replies:
         exchange.take(position, reply)
     for left in report.left:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from fedsim.engine import cluster, objects
 from fedsim.engine import line as lines
 from fedsim.engine.line import Bell, HungUp, Line
+from fedsim.engine.output import Output
 from fedsim.engine.sheet import Sheet, Stock, laid_out
 from fedsim.engine.worker import Failed, Order, Report, Setup, Worker
 from fedsim.errors import UserError
@@ -46,12 +47,33 @@ class Given:
     parcels: set[int] = field(default_factory=set)
 
 
+class Process(NamedTuple):
+    """A worker's process: Ray's handle, and what it prints (None where it is on another machine)."""
+
+    actor: Any
+    output: Output | None
+
+    @classmethod
+    def started(cls, wanted: dict[str, float], *, near: bool) -> Self:
+        """A new one."""
+        output = Output() if near else None
+        kind: Any = ray.remote(Worker)
+        options = kind.options(max_restarts=0, max_task_retries=0, **wanted)
+        return cls(options.remote(["", ""] if output is None else output.paths), output)
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        ray.kill(self.actor, no_restart=True)
+        if self.output is not None:
+            self.output.close()
+
+
 @dataclass(eq=False)
 class Slot(Generic[Job]):
     """One worker; a `fresh` one stands in for a lost one, a `parked` one has served an earlier pool.
 
     Attributes:
-        actor: Ray's handle.
+        worker: its process.
         ready: what it answers when it is up: where it listens, or None.
         line: to it, where there is one.
         serving: the call that ends with the line.
@@ -59,7 +81,7 @@ class Slot(Generic[Job]):
         since: when the first of them began, on `time.monotonic`'s clock.
     """
 
-    actor: Any
+    worker: Process
     ready: Any
     fresh: bool
     parked: bool
@@ -69,6 +91,11 @@ class Slot(Generic[Job]):
     given: Given = field(default_factory=Given)
     calls: deque[tuple[Any, Job]] = field(default_factory=deque)
     since: float = 0.0
+
+    @property
+    def actor(self) -> Any:
+        """Ray's handle."""
+        return self.worker.actor
 
     @property
     def awaited(self) -> Any:
@@ -273,6 +300,9 @@ class Pool(Generic[Job]):
         return Event()
 
     def _lost(self, slot: Slot[Job], why: str) -> Event[Job]:
+        last = slot.worker.output.last() if slot.worker.output is not None else ""
+        if last:
+            why = f"{why} Its last output: {last}"
         if not slot.up and not slot.parked:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS:
@@ -339,7 +369,7 @@ class Pool(Generic[Job]):
             if park and slot.up and not slot.calls:
                 slot.hang_up()
                 self._slots.remove(slot)
-                self._parked.append(slot.actor)
+                self._parked.append(slot.worker)
             else:
                 self._drop(slot)
         if park:
@@ -350,9 +380,9 @@ class Pool(Generic[Job]):
     def _start(self, *, fresh: bool) -> None:
         self._quiet_since = time.monotonic()
         parked = not fresh and bool(self._parked)
-        actor = self._parked.pop() if parked else _new_worker(self._wanted)
-        ready = self._told(actor.equip.remote(self._setup, near=self._lines))
-        self._slots.append(Slot(actor, ready, fresh, parked))
+        worker = self._parked.pop() if parked else Process.started(self._wanted, near=self._near)
+        ready = self._told(worker.actor.equip.remote(self._setup, near=self._lines))
+        self._slots.append(Slot(worker, ready, fresh, parked))
 
     def _told(self, ready: Any) -> Any:
         """The same reference; the bell rings when it is answered."""
@@ -362,31 +392,26 @@ class Pool(Generic[Job]):
     def _drop(self, slot: Slot[Job]) -> None:
         slot.hang_up()
         self._slots.remove(slot)
-        ray.kill(slot.actor, no_restart=True)
+        slot.worker.end()
 
 
 #: idle workers of earlier pools of this process, by what they take up
-_parking: dict[tuple[Any, ...], list[Any]] = {}
+_parking: dict[tuple[Any, ...], list[Process]] = {}
 
 
 def _kind(wanted: dict[str, float]) -> tuple[Any, ...]:
     return (cluster.here(), *sorted(wanted.items()))
 
 
-def _take_parked(wanted: dict[str, float]) -> list[Any]:
+def _take_parked(wanted: dict[str, float]) -> list[Process]:
     """Idle workers of the wanted kind; the others are ended, for they take up room."""
     found = _parking.pop(_kind(wanted), [])
-    for place, actors in _parking.items():
+    for place, workers in _parking.items():
         if place[0] == cluster.here():  # else they belong to a Ray that was shut down
-            for actor in actors:
-                ray.kill(actor, no_restart=True)
+            for worker in workers:
+                worker.end()
     _parking.clear()
     return found
-
-
-def _new_worker(wanted: dict[str, float]) -> Any:
-    kind: Any = ray.remote(Worker)
-    return kind.options(max_restarts=0, max_task_retries=0, **wanted).remote()
 
 
 def _why_it_ended(serving: Any) -> str:

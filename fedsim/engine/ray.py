@@ -12,7 +12,6 @@ before the block; only a client that is running when two more workers die is bla
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ from fedsim.engine.dispatch import Dispatcher, Job
 from fedsim.engine.exchange import Exchange
 from fedsim.engine.grid import BaseGrid
 from fedsim.engine.pool import Pool
+from fedsim.engine.surroundings import Surroundings
 from fedsim.engine.worker import Setup
 from fedsim.errors import UserError
 from fedsim.ranges import Count, Positive
@@ -65,22 +65,21 @@ class RayGrid(BaseGrid):
         super().__init__(client_app, num_clients, seed, run_config)
         self.timeout = timeout
         self.address = address
+        app = _pickled(client_app)
+        cluster.connect(address, threads * (workers or 1) if gpu_fraction == 0 else 1)
+        near = address is None and cluster.is_alone()
         setup = Setup(
-            app=_pickled(client_app),
+            app=app,
             num_clients=num_clients,
             run_config=self.run_config,
-            path=tuple(entry or os.getcwd() for entry in sys.path),
-            folder=os.getcwd(),
-            environment={k: v for k, v in os.environ.items() if k.startswith("FEDSIM_")},
+            surroundings=Surroundings.here(near=near),
             threads=threads,
             timeout=timeout,
             memory=memory,
             hide_gpus=gpu_fraction == 0,
             torch=_torch_is_used(),
         )
-        cluster.connect(address, threads * (workers or 1) if gpu_fraction == 0 else 1)
-        self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction, near=address is None and cluster.is_alone())
-
+        self.pool: Pool[Job] = Pool(setup, workers, gpu_fraction, near=near)
         self._dispatcher = Dispatcher(self, self.pool, timeout)
 
     def close(self) -> None:

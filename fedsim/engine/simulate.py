@@ -21,6 +21,7 @@ from fedsim.errors import UserError, nearest
 from fedsim.seeding import derive_seed, generators_restored, seed_everything
 
 _running = threading.Lock()
+_KINDS: dict[str, type] = {"serverapp": ServerApp, "clientapp": ClientApp}
 
 
 def simulate(
@@ -71,6 +72,27 @@ def simulate(
     return context
 
 
+def check_app(found: object, part: str, what: str) -> None:
+    """Make sure that something is a server app, or a client app.
+
+    Args:
+        found: it.
+        part: `serverapp` or `clientapp`.
+        what: to call it in the message.
+
+    Raises:
+        UserError: it is something else.
+    """
+    kind = _KINDS[part]
+    if isinstance(found, kind):
+        return
+    hint = f"give an object such as app = {kind.__name__}()"
+    if any(isinstance(found, other) for other in _KINDS.values()):
+        hint = "are the server app and the client app swapped?"
+    named = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    raise UserError(f"{what} is {named}, not a flwr.{part}.{kind.__name__}; {hint}")
+
+
 def run_apps(
     server_app: ServerApp,
     client_app: ClientApp,
@@ -83,6 +105,8 @@ def run_apps(
     **engine_options: Any,
 ) -> tuple[Context, Tally]:
     """`simulate` for a server that judges replies itself: gives back the counts and says nothing of them."""
+    check_app(server_app, "serverapp", "server_app")
+    check_app(client_app, "clientapp", "client_app")
     if num_clients < 1:
         raise UserError(f"num_clients must be at least 1 (got {num_clients})")
     resolved = registry.resolve("engines", engine)

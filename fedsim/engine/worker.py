@@ -27,8 +27,10 @@ from fedsim.engine import objects
 from fedsim.engine.answering import answer, is_empty
 from fedsim.engine.folding import Fold, Folder, Left
 from fedsim.engine.line import Door, HungUp
+from fedsim.engine.output import Capture
 from fedsim.engine.process import keep_freed_memory
 from fedsim.engine.sheet import Views
+from fedsim.engine.surroundings import Surroundings
 from fedsim.seeding import seed_everything, use_threads
 from fedsim.sums import WeightedSum
 
@@ -41,9 +43,7 @@ class Setup:
         app: the client app, pickled by value where it cannot be imported.
         num_clients: number of nodes.
         run_config: what clients find in `context.run_config`.
-        path: the driver's `sys.path`, which comes first here, too.
-        folder: the driver's current folder; workers go there if they have it.
-        environment: variables of fedsim.
+        surroundings: the driver's.
         threads: torch threads.
         timeout: seconds after which a client counts as hanging.
         memory: GiB that a client may allocate beyond what the idle worker has, or None.
@@ -54,9 +54,7 @@ class Setup:
     app: bytes
     num_clients: int
     run_config: dict[str, Any]
-    path: tuple[str, ...]
-    folder: str
-    environment: Mapping[str, str]
+    surroundings: Surroundings
     threads: int
     timeout: float
     memory: float | None
@@ -110,6 +108,7 @@ class Report:
     late: list[int] = field(default_factory=list)  #: positions of clients that took too long
     total: WeightedSum | None = None
     states: dict[int, RecordDict] = field(default_factory=dict)  #: of clients that had or have any
+    printed: list[tuple[int, list[str]]] = field(default_factory=list)  #: by clients that printed anything
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,15 @@ class Failed:
 
 
 class Worker:
-    """The body of the Ray actor."""
+    """The body of the Ray actor.
 
-    def __init__(self) -> None:
+    Args:
+        output: where its process prints to, as `Capture` takes it.
+    """
+
+    def __init__(self, output: Sequence[str] = ()) -> None:
+        self._output = Capture(output)
+        self._surroundings: Surroundings | None = None
         self._born = time.time()
         self._send = -1
         self._templates: dict[int, objects.Template] = {}
@@ -140,26 +145,25 @@ class Worker:
             Of `listen`; None without a line.
 
         Raises:
-            RuntimeError: a module that this process imported has been edited since.
+            RuntimeError: a module that this process imported has been edited since, or importing the app
+                would end the process.
         """
         if edited := _edited_since(self._born):
             raise RuntimeError(f"{edited} was edited")
-        for name in [name for name in os.environ if name.startswith("FEDSIM_")]:
-            del os.environ[name]
-        os.environ.update(setup.environment)
+        setup.surroundings.adopt(self._surroundings)
+        self._surroundings = setup.surroundings
         if setup.hide_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        if os.path.isdir(setup.folder):
-            os.chdir(setup.folder)
-        # the driver's order: Ray puts the current folder before PYTHONPATH, where it would win
-        sys.path[:] = [*setup.path, *(entry for entry in sys.path if entry not in setup.path)]
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self.setup = setup
         if setup.torch:
             import torch
 
             torch.set_num_threads(setup.threads)
-        self.app = ray.cloudpickle.loads(setup.app)
+        try:
+            self.app = ray.cloudpickle.loads(setup.app)
+        except SystemExit as error:  # Ray would take it for an orderly end, and nobody would learn why
+            raise RuntimeError(f"a module of the app calls sys.exit({error.code}) at import") from error
         if setup.memory is None:
             keep_freed_memory()
         if gc.get_freeze_count():  # of an earlier simulation, whose app can go now
@@ -204,12 +208,15 @@ class Worker:
     def _run(self, order: Order, parcels: Sequence[objects.Parcel]) -> Report:
         contents = self._contents(order, parcels)
         report = Report()
+        self._output.taken()  # what the start printed, the driver printed itself when it imported the app
         folder = None if order.fold is None else Folder(order.fold, start=order.items[0].position)
         with _flwr.lazy_codec():  # once for all of them
             for item in order.items:
                 message = _flwr.message_of(item.metadata, contents[item.content])
                 state = order.states.get(item.client)
                 reply, after = self._answer(item, message, state, order.timeout)
+                if printed := self._output.taken():
+                    report.printed.append((item.client, printed))
                 if state is not None or not is_empty(after):
                     report.states[item.client] = after
                 if reply is None:

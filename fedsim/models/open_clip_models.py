@@ -231,7 +231,7 @@ def _projection(text: Any, captions: Sequence[Tensor], rows: Tensor, folder: Pat
     """P [384, 1280], from the cache if it was made of the same weights, forms and λ."""
     from safetensors.torch import load, save
 
-    from fedsim.data.store import cache_folder, cache_key
+    from fedsim.data.store import cache_folder, cache_key, cache_writing
 
     weights = (folder / "model.safetensors").read_bytes()
     key = cache_key(
@@ -240,7 +240,9 @@ def _projection(text: Any, captions: Sequence[Tensor], rows: Tensor, folder: Pat
     file = cache_folder("models") / f"clip-lite-{key}.safetensors"
     if not file.exists():
         embeddings = _class_embeddings(text, captions)
-        write_atomic(file, save({"projection": ridge(embeddings, rows, _RIDGE)}))
+        made = save({"projection": ridge(embeddings, rows, _RIDGE)})
+        with cache_writing(file):
+            write_atomic(file, made)
     projection: Tensor = load(file.read_bytes())["projection"]
     return projection
 

@@ -52,13 +52,15 @@ def test_a_worker_that_serves_a_second_simulation_forgets_the_first_one() -> Non
     script = """
 import weakref, ray.cloudpickle
 from dataclasses import replace
+from fedsim.engine.surroundings import Surroundings
 from fedsim.engine.worker import Setup, Worker
 
 class App:
     def __init__(self):
         self.me = self  # as a function of __main__ is: a cycle
 
-setup = Setup(ray.cloudpickle.dumps(App()), 1, {}, (), ".", {}, 1, 60.0, None, False, False)
+here = Surroundings.here(near=True)
+setup = Setup(ray.cloudpickle.dumps(App()), 1, {}, here, 1, 60.0, None, False, False)
 worker = Worker()
 worker.equip(setup, near=False)
 first = weakref.ref(worker.app)
