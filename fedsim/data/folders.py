@@ -208,7 +208,8 @@ def _parts(tree: Tree) -> tuple[Path, dict[str, list[_Folder]], list[str]]:
         if splits and _are_splits(tree, folders, splits):
             notes.append(f"splits: {listed(folder.name for folder in splits)}")
             if others := [folder.name for folder in folders if folder not in splits]:
-                notes.append(f"left out beside the splits: {listed(others)} (no class folders inside)")
+                why = "no split's name, or no class folders inside"
+                notes.append(f"left out beside the splits: {listed(others)} ({why})")
             subs = [(f, sub) for f in splits for sub in tree.inside(f, empty=True)]
             return place, _grouped((_split(f), sub, sub.name) for f, sub in subs), notes
         if len(folders) > 1 and all(map(_split, folders)):
@@ -216,6 +217,7 @@ def _parts(tree: Tree) -> tuple[Path, dict[str, list[_Folder]], list[str]]:
                 f"{place}: {listed(f.name for f in folders)} are splits, but have no class folders; put "
                 "the images of each class in a folder of its own"
             )
+        _refuse_half_splits(tree, place, folders, splits)
         below = [sub for folder in folders for sub in tree.inside(folder)]
         deeper = any(tree.inside(sub) for sub in below)
         if below and all(map(_split, below)) and not deeper and not tree.direct(folders):
@@ -236,6 +238,19 @@ def _are_splits(tree: Tree, folders: list[Path], splits: list[Path]) -> bool:
     for folder in splits:
         names[_split(folder)] |= {sub.name for sub in tree.inside(folder)}
     return not names["train"].isdisjoint(names["val"] | names["test"])
+
+
+def _refuse_half_splits(tree: Tree, place: Path, folders: list[Path], splits: list[Path]) -> None:
+    """Refuse "train" beside "eval" with the same class folders, or beside the classes that it holds."""
+    others = [folder for folder in folders if folder not in splits]
+    inside = {sub.name for folder in splits for sub in tree.inside(folder)}
+    for folder in others:
+        if folder.name in inside or not inside.isdisjoint(sub.name for sub in tree.inside(folder)):
+            raise UserError(
+                f"{place}: {listed(split.name for split in splits)} has class folders like a split, but "
+                f"'{folder.name}' beside it is none; splits are named {', '.join(_SPLITS)}: rename or move "
+                "one of them"
+            )
 
 
 def _grouped(triples: Iterable[tuple[str, Path, str]]) -> dict[str, list[_Folder]]:

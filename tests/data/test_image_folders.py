@@ -76,6 +76,23 @@ def test_a_train_beside_cars_is_a_class(tmp_path: Path) -> None:
     assert sizes(tmp_path)[0] == ("car", "ship", "train")
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [("train/cat", "train/dog", "eval/cat", "eval/dog"), ("cat", "dog", "train/cat", "train/dog")],
+)
+def test_half_a_split_is_refused_before_it_becomes_a_class(folders: tuple[str, ...], tmp_path: Path) -> None:
+    paint(tmp_path, *folders)
+    with pytest.raises(UserError, match=r"train has class folders like a split, but '(eval|cat)' beside it"):
+        read(tmp_path)
+
+
+def test_a_folder_that_no_split_is_named_like_is_left_out_and_said(tmp_path: Path) -> None:
+    paint(tmp_path, "train/a", "train/b", "test/a", "test/b", "holdout/a", "holdout/b")
+    assert sizes(tmp_path) == (("a", "b"), 4, 4)
+    said = "left out beside the splits: holdout (no split's name, or no class folders inside)"
+    assert said in read(tmp_path).card()
+
+
 def test_unlabelled_test_images_are_no_class(tmp_path: Path) -> None:
     paint(tmp_path, "train/a", "train/b", count=5)
     paint(tmp_path, "test")
