@@ -128,7 +128,8 @@ def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[st
                 f"[payload] personal: '{pattern}' matches nothing that changes under this tuning: "
                 f"{nearest(pattern, known[:4])}"
             )
-    shared, mine = {}, {}
+    shared: dict[str, Tensor] = {}
+    mine: dict[str, Tensor] = {}
     for key, some in names.items():
         stays = any(fnmatchcase(name, pattern) for name in some for pattern in patterns)
         (mine if stays else shared)[some[0]] = _sendable(some[0], found[key])
