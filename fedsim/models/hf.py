@@ -284,10 +284,11 @@ def export_hf(model: Classifier, folder: Path) -> None:
             f"this tuning added '{added[0]}' to the encoder, which transformers has no place for; "
             "use the exported safetensors"
         )
-    whole: Any = transformers.MODEL_MAPPING.get(type(backbone.encoder.config), None)
+    mapping: Any = transformers.MODEL_MAPPING
+    whole = mapping.get(type(backbone.encoder.config), None)
     if whole is not None and not isinstance(backbone.encoder, whole):
         raise UserError(
-            f"this encoder is a part of a {whole.__name__}, which has no folder without its decoder; use "
+            "this is one half of an encoder-decoder, which transformers does not read without the other; use "
             "the exported safetensors"
         )
     encoder: Any = merged(backbone.encoder)

@@ -151,7 +151,7 @@ def test_what_encodes_no_text_is_named_when_the_model_is_built(tmp_path: Path) -
 def test_half_of_an_encoder_decoder_has_no_folder_of_its_own(tmp_path: Path) -> None:
     model = make("t5", tmp_path)
     assert not any("decoder" in name for name in model.state_dict())
-    with pytest.raises(UserError, match=r"a part of a T5Model, .* use the exported safetensors"):
+    with pytest.raises(UserError, match=r"one half of an encoder-decoder, .* use the exported safetensors"):
         export_hf(model, tmp_path)
 
 
