@@ -13,8 +13,8 @@ model's device (no `.item()`), so that it also runs on `meta` tensors. A step th
     end(task) -> metrics              after the last one, before the state is sent
     trial(task, *tensors)             its forward passes alone, where they are others than the network's
 
-BatchNorm cannot normalise a single value a channel. Where that makes a batch of one sample impossible, a sample
-that an epoch leaves over joins the batch before it.
+BatchNorm cannot normalise a single value a channel. Where that makes a batch of one sample impossible, a
+sample that an epoch leaves over joins the batch before it.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def make(
         optimizer: `sgd` or `adamw`; its state starts empty in every round.
         momentum: of `sgd`.
         weight_decay: L2 term of `sgd`, decoupled decay of `adamw`.
-        batch_size: samples a step; where BatchNorm cannot take a last batch of one sample, that sample joins the
-            batch before.
+        batch_size: samples a step; where BatchNorm cannot take a last batch of one sample, that sample joins
+            the batch before.
         epochs: local epochs a round; fractions are rounded to whole steps.
         steps: exact number of local steps a round instead of `epochs`.
         clip: largest global gradient norm (0: no clipping).
@@ -288,12 +288,12 @@ def _check_joinable(count: int, recipe: Recipe) -> None:
         )
     if recipe.batch_size == 1:
         raise UserError(
-            "batch_size = 1, but this model's BatchNorm needs 2 samples a batch: set client.batch_size = 2 or more, or "
-            "choose a model without BatchNorm"
+            "batch_size = 1, but this model's BatchNorm needs 2 samples a batch: set client.batch_size = 2 "
+            "or more, or choose a model without BatchNorm"
         )
     warn_once(
-        "where BatchNorm needs 2 samples and an epoch leaves 1 over (n mod client.batch_size = 1), that sample joins "
-        "the batch before it"
+        "where BatchNorm needs 2 samples and an epoch leaves 1 over (n mod client.batch_size = 1), that "
+        "sample joins the batch before it"
     )
 
 
@@ -306,8 +306,8 @@ def _explained() -> Iterator[None]:
         if not str(error).startswith(_ONE_PIXEL):
             raise
         raise UserError(
-            f"InstanceNorm in this model gets maps of one pixel, of which nothing is left ({error}): use larger "
-            "images, fewer strides, or another norm"
+            f"InstanceNorm in this model gets maps of one pixel, of which nothing is left ({error}): use "
+            "larger images, fewer strides, or another norm"
         ) from error
 
 

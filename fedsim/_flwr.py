@@ -368,6 +368,13 @@ def unavailable(message_id: str, run_id: int, reason: str) -> Message:
     return Message(error, metadata=metadata)  # type: ignore[call-overload, no-any-return]
 
 
+def posted(message: Message, content: RecordDict) -> Message:
+    """A message as it is now, with a content: whatever its sender does to it later is nobody else's."""
+    metadata = Metadata.__new__(Metadata)
+    metadata.__dict__.update(message.metadata.__dict__)
+    return _message(metadata, content)
+
+
 def metadata_row(message: Message) -> tuple[Any, ...]:
     """A message's metadata as a plain tuple, which pickles in half a microsecond."""
     return tuple(message.metadata.__dict__.values())

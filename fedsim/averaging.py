@@ -74,7 +74,7 @@ class WeightedAverage(Strategy):
 
     #: what an engine may do with the replies on their way here: sum them up (None: nothing)
     reduction: ClassVar[Literal["weighted-mean"] | None] = "weighted-mean"
-    #: entries that are no parameters (statistics of BatchNorm) are among what it aggregates, and it averages them
+    #: it averages entries that are no parameters (statistics of BatchNorm) by itself
     whole_state: ClassVar[bool] = True
     #: attributes that live within one round only and are not part of a checkpoint
     transient: ClassVar[tuple[str, ...]] = ("_round",)

@@ -59,7 +59,7 @@ class Entry:
 
     @property
     def wire_shape(self) -> tuple[int, ...]:
-        """Shape inside a record: of complex entries with the real and the imaginary part as last dimension."""
+        """Shape inside a record; complex entries have the parts of a number as last dimension."""
         return (*self.shape, 2) if self.dtype.startswith("complex") else self.shape
 
     @property
@@ -128,7 +128,8 @@ def select(model: nn.Module, train_modules: Sequence[str], personal: Iterable[st
                 f"[payload] personal: '{pattern}' matches nothing that changes under this tuning: "
                 f"{nearest(pattern, known[:4])}"
             )
-    shared, mine = {}, {}
+    shared: dict[str, Tensor] = {}
+    mine: dict[str, Tensor] = {}
     for key, some in names.items():
         stays = any(fnmatchcase(name, pattern) for name in some for pattern in patterns)
         (mine if stays else shared)[some[0]] = _sendable(some[0], found[key])
@@ -148,8 +149,8 @@ def _sendable(name: str, value: Tensor) -> Tensor:
         dtype = ""
     if not dtype or value.layout != torch.strided or value.is_quantized:
         raise UserError(
-            f"'{name}' changes while clients train, but a tensor of {value.dtype} ({value.layout}) cannot travel: "
-            "keep it frozen ([tuning]), or give the model a dense one of float32"
+            f"'{name}' changes while clients train, but a tensor of {value.dtype} ({value.layout}) cannot "
+            "travel: keep it frozen ([tuning]), or give the model a dense one of float32"
         )
     return value
 
@@ -171,15 +172,11 @@ def to_record(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> ArrayRec
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    tensor = _real(tensor.detach())
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return np.array(tensor.cpu().numpy(), order="C")
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as a real one [..., 2], in the same memory unless it is a lazy conjugate."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    elif tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return np.array(tensor.numpy(force=True), order="C")
 
 
 @torch.no_grad()
@@ -196,8 +193,10 @@ def load_record(record: ArrayRecord, entries: Sequence[Entry], state: Mapping[st
     """
     check(record, entries)
     for name, values in views_of(record).items():
-        target = _real(state[name].detach())
-        if target.device.type == "cpu" and target.dtype != torch.bfloat16:
+        target = state[name]
+        if target.is_complex():
+            target = torch.view_as_real(target)
+        if target.is_cpu and target.dtype != torch.bfloat16:
             np.copyto(target.numpy(), values)  # no intermediate copy of a read-only view
         else:
             target.copy_(torch.from_numpy(np.array(values)))

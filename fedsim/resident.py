@@ -7,8 +7,9 @@ place: a module's table and a key in it.
     module._buffers["mean"]     read: the tensor that is there now
                                 reset: the first tensor, with its first values, is put there again
 
-What cannot be reset or sent is refused by name: extra state, tensors without fixed values in memory, parameters
-that are replaced (the optimiser holds the old ones), and whatever a module registers only in `forward`.
+What cannot be reset or sent is refused by name: extra state, tensors without fixed values in memory,
+parameters that are replaced (the optimiser holds the old ones), and whatever a module registers only in
+`forward`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Place:
 
 
 def places(model: nn.Module) -> dict[str, Place]:
-    """Name -> place of every parameter and buffer, in the order of `state_dict()`; tied ones under every name.
+    """Name -> place of every parameter and buffer, in order of `state_dict()`; tied ones under every name.
 
     Raises:
         UserError: a module has extra state, or a lazy one has not run yet.
@@ -57,8 +58,8 @@ def places(model: nn.Module) -> dict[str, Place]:
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise UserError(
-                f"module '{path}' ({type(module).__name__}) has extra state (get_extra_state), which can neither "
-                "be sent nor reset between clients: keep it in buffers (register_buffer)"
+                f"module '{path}' ({type(module).__name__}) has extra state (get_extra_state), which can "
+                "neither be sent nor reset between clients: keep it in buffers (register_buffer)"
             )
         prefix = f"{path}." if path else ""
         for key in module._parameters:
@@ -89,6 +90,26 @@ def unfold(model: nn.Module) -> None:
                 place.table[place.key] = own
 
 
+class _Held:
+    """An entry that changes: its place, and the tensor that was there first.
+
+    Attributes:
+        home: that tensor.
+        plain: the same memory without a graph.
+        pointer: where that memory is.
+        initial: its first values, a copy.
+    """
+
+    __slots__ = ("home", "initial", "key", "parameter", "plain", "pointer", "table")
+
+    def __init__(self, place: Place) -> None:
+        home = place.tensor
+        assert home is not None
+        self.table, self.key, self.parameter = place.table, place.key, place.parameter
+        self.home, self.plain = home, home.data  # cheaper than a view of it, in what follows
+        self.pointer, self.initial = home.data_ptr(), self.plain.clone()
+
+
 class Resident:
     """What changes in a model while a client trains.
 
@@ -97,7 +118,7 @@ class Resident:
         changing: names of entries that training may change.
 
     Attributes:
-        initial: name -> the values before any training, copies.
+        first: name -> the tensor that is in its place after a reset.
 
     Raises:
         UserError: see `places`.
@@ -106,12 +127,12 @@ class Resident:
     def __init__(self, model: nn.Module, changing: Iterable[str]) -> None:
         found = places(model)
         wanted = set(changing)
-        self._places = {name: place for name, place in found.items() if name in wanted}
-        # buffers that do not travel, but that a client may change, too
-        self._aside = {n: p for n, p in found.items() if n not in wanted and not p.parameter}
-        self._home = {name: place.tensor for name, place in (self._places | self._aside).items()}
-        self.initial = {name: t.detach().clone() for name, t in self._home.items() if t is not None}
-        self._versions = {name: _version(self._home[name]) for name in self._aside}
+        self._held = {name: _Held(place) for name, place in found.items() if name in wanted}
+        self.first = {name: held.plain for name, held in self._held.items()}
+        # buffers that do not travel, but that a client may change, too: first tensor, a copy, its version
+        aside = [p for name, p in found.items() if name not in wanted and not p.parameter]
+        self._aside = [(p, p.tensor, _copy(p.tensor)) for p in aside]
+        self._versions = [_version(tensor) for _, tensor, _ in self._aside]
         self._empty = {n: p for n, p in found.items() if p.tensor is None and (p.parameter or p.persistent)}
         # what `check` compares: it runs twice a client, so it only counts
         self._model, self._names = model, found.keys()
@@ -124,10 +145,14 @@ class Resident:
 
     def add(self, store: dict[str, Tensor]) -> None:
         """Further entries, kept in a dictionary whose tensors are only written in place."""
-        for name, tensor in store.items():
-            self._places[name] = Place(store, name, True, True)  # type: ignore[arg-type]
-            self._home[name] = tensor
-            self.initial[name] = tensor.detach().clone()
+        table: Any = store
+        self._held |= {name: _Held(Place(table, name, True, True)) for name in store}
+        self.first |= {name: self._held[name].plain for name in store}
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """Name -> the values before any training; not to be written to."""
+        return {name: held.initial for name, held in self._held.items()}
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -137,31 +162,32 @@ class Resident:
             UserError: as `check`, or a parameter is another one.
         """
         self.check()
-        for name, place in self._places.items():
-            home = self._home[name]
-            assert home is not None
-            if place.table[place.key] is not home:
-                self._put_back(name, place)
-            home.copy_(self.initial[name])
-        for name, place in self._aside.items():
-            home = self._home[name]
-            if place.table[place.key] is not home:
-                self._put_back(name, place)
-            if home is not None and home._version != self._versions[name]:
-                home.copy_(self.initial[name])
-                self._versions[name] = home._version
+        for name, held in self._held.items():
+            tensor = held.table[held.key]
+            if tensor is not held.home or tensor.data_ptr() != held.pointer:
+                if held.parameter and tensor is not held.home:
+                    raise _replaced(name)
+                held.home.data = held.plain
+                held.table[held.key] = held.home
+        torch._foreach_copy_(list(self.first.values()), list(self.initial.values()))
+        for number, (place, home, initial) in enumerate(self._aside):
+            place.table[place.key] = home
+            if home is not None and initial is not None and home._version != self._versions[number]:
+                home.copy_(initial)
+                self._versions[number] = home._version
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Whatever runs inside leaves no trace in entries that a client may change."""
-        held = self._places | self._aside
-        before = [(place, place.tensor, _copy(place.tensor)) for place in held.values()]
+        slots = [(held.table, held.key) for held in self._held.values()]
+        slots += [(place.table, place.key) for place, _, _ in self._aside]
+        before = [(table, key, table[key], _copy(table[key])) for table, key in slots]
         try:
             yield
         finally:
             with torch.no_grad():
-                for place, tensor, values in before:
-                    place.table[place.key] = tensor
+                for table, key, tensor, values in before:
+                    table[key] = tensor
                     if tensor is not None and values is not None:
                         tensor.copy_(values)
 
@@ -171,29 +197,30 @@ class Resident:
         Raises:
             UserError: an entry has become another kind of tensor, or another parameter.
         """
-        return {name: self._now(name) for name in names}
+        found = {}
+        for name in names:
+            held = self._held[name]
+            tensor = held.table[held.key]
+            same = tensor is held.home and tensor.data_ptr() == held.pointer
+            found[name] = held.plain if same else self._moved(name, held)
+        return found
 
-    def _now(self, name: str) -> Tensor:
-        place, initial = self._places[name], self.initial[name]
-        tensor = place.table[place.key]
-        if tensor is not self._home[name] and place.parameter:
+    def _moved(self, name: str, held: _Held) -> Tensor:
+        """The tensor that stands in the place of the first one."""
+        tensor = held.table[held.key]
+        if tensor is not held.home and held.parameter:
             raise _replaced(name)
-        if tensor is None or tensor.shape != initial.shape or tensor.dtype != initial.dtype:
+        if tensor is None or tensor.shape != held.initial.shape or tensor.dtype != held.initial.dtype:
             raise UserError(
-                f"'{name}' was {_kind(initial)} and is {_kind(tensor)} after a forward pass: what travels keeps "
-                "its shape and dtype; register it with the final ones, or with persistent=False"
+                f"'{name}' was {_kind(held.initial)} and is {_kind(tensor)} after a forward pass: what "
+                "travels keeps its shape and dtype; register it with the final ones, or with persistent=False"
             )
-        return tensor
-
-    def _put_back(self, name: str, place: Place) -> None:
-        if place.parameter:
-            raise _replaced(name)
-        place.table[place.key] = self._home[name]
+        return tensor.detach()
 
     def check(self) -> None:
         """Raise UserError unless every module has the entries and the modules that it had, and no others."""
         for name, place in self._empty.items():
-            if place.tensor is not None:
+            if place.table[place.key] is not None:
                 raise _late(name)
         for children, known in self._children:
             if list(children.values()) != known:
@@ -219,13 +246,14 @@ def _kind(tensor: Tensor | None) -> str:
 
 def _replaced(name: str) -> UserError:
     return UserError(
-        f"parameter '{name}' was replaced by another one while the model ran, and the optimiser trains the old one: "
-        "change its values in place"
+        f"parameter '{name}' was replaced by another one while the model ran, and the optimiser trains the "
+        "old one: change its values in place"
     )
 
 
 def _late(name: str) -> UserError:
     return UserError(
-        f"'{name}' was added to the model, removed or replaced while it ran, so it is neither reset between clients nor "
-        "sent: create it in __init__ (a buffer that nobody else needs: register_buffer with persistent=False)"
+        f"'{name}' was added to the model, removed or replaced while it ran, so it is neither reset "
+        "between clients nor sent: create it in __init__ (a buffer that nobody else needs: register_buffer "
+        "with persistent=False)"
     )

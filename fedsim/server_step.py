@@ -64,9 +64,10 @@ class ServerStep:
         self.statistics = frozenset() if safe else statistics
         if self.statistics and isinstance(strategy, _NOISY):
             raise UserError(
-                f"{type(strategy).__name__} adds noise to all that clients send, and '{min(statistics)}' is no "
-                "parameter: noise breaks it, and without noise it would tell of the data; use a model without "
-                'BatchNorm, or keep such entries with the clients: [payload] personal = ["*running_*", "*num_batches*"]'
+                f"{type(strategy).__name__} adds noise to all that clients send, and '{min(statistics)}' "
+                "is no parameter: noise breaks it, and without noise it would tell of the data; use a "
+                "model without BatchNorm, or keep such entries with the clients: [payload] personal = "
+                '["*running_*", "*num_batches*"]'
             )
 
     def configure_train(
@@ -117,7 +118,7 @@ class ServerStep:
     def _mean(
         self, replies: Sequence[tuple[int, Mapping[str, NDArray[Any]], RecordDict]]
     ) -> dict[str, NDArray[Any]]:
-        """Of (position, statistics, content): our mean, and the median where the strategy mistrusts clients."""
+        """Of (position, statistics, content): the mean, or the median where a strategy mistrusts clients."""
         if isinstance(self.strategy, Bulyan):
             return {n: np.median([values[n] for _, values, _ in replies], axis=0) for n in self.statistics}
         key = getattr(self.strategy, "weighted_by_key", messages.EXAMPLES)

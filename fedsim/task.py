@@ -153,7 +153,7 @@ class Task:
         self.reset()
         for record, entries in ((shared, self.selection.shared), (personal, self.selection.personal)):
             if record is not None:
-                payload.load_record(record, entries, self._tensors(entries))
+                payload.load_record(record, entries, self._resident.first)
 
     def shared(self) -> ArrayRecord:
         """A copy of the shared part of the resident model.

@@ -45,6 +45,15 @@ class InPlace(nn.Module):
         return x - self.mean
 
 
+class Clamped(nn.Linear):
+    """Keeps its weights small by giving the parameter other memory, as old code does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.weight.data = self.weight.data.clamp(-0.2, 0.2)
+        return super().forward(x)
+
+
 class Spectral(nn.Module):
     """Multiplies by complex weights in the frequency domain."""
 
@@ -121,6 +130,8 @@ def _layer(kind: str) -> nn.Module:
             return InPlace(torch.zeros(1).expand(WIDTH))
         case "strided":
             return InPlace(torch.zeros(WIDTH, 2).t()[0])
+        case "other-memory":
+            return Clamped(WIDTH, WIDTH)
         case "complex":
             return Spectral()
         case "lazy":

@@ -86,8 +86,8 @@ def sentiment(
 
     Args:
         tokenizer: whose token ids: "minilm", or a folder with the tokenizer.json of another encoder.
-        max_tokens: length of every row: longer sentences are cut, shorter ones padded with the tokenizer's own
-            padding token.
+        max_tokens: length of every row: longer sentences are cut, shorter ones padded with the tokenizer's
+            own padding token.
         train_samples: a fixed subset of so many training sentences, stratified by domain and class.
         test_samples: the same for the test sentences.
 
@@ -153,8 +153,9 @@ def _padding(tokenizer: Tokenizer, folder: Path) -> int:
     found = next((n for n in map(tokenizer.token_to_id, names) if n is not None), None)
     if found is None:
         raise UserError(
-            f"[data] tokenizer: {folder / 'tokenizer.json'} has no padding token (looked for {', '.join(names)}); "
-            'name one of its words in tokenizer_config.json beside it: {"pad_token": "WORD"}'
+            f"[data] tokenizer: {folder / 'tokenizer.json'} has no padding token (looked for "
+            f"{', '.join(names)}); name one of its words in tokenizer_config.json beside it: "
+            '{"pad_token": "WORD"}'
         )
     return found
 

@@ -79,7 +79,7 @@ class Cargo:
         items, states = [], {}
         for position in positions:
             message = self.exchange.accepted[position]
-            client, content = self.exchange.client(position), self._content[position]
+            client, content = self.exchange.clients[position], self._content[position]
             seed = grid.seed_of(self.exchange, position)
             items.append(Item(position, client, seed, content, _flwr.metadata_row(message)))
             if client in grid.states:

@@ -66,7 +66,7 @@ class Load:
         self.cargo = Cargo(exchange, positions)
         self.jobs: deque[Job] = deque()
         self.replays: deque[Job] = deque()
-        self.clients = {exchange.client(position) for position in positions}  #: that have not answered
+        self.clients = {exchange.clients[position] for position in positions}  #: that have not answered
 
     def cut(self, work: Sequence[float] | None, workers: int) -> None:
         """Make jobs of it.
@@ -75,7 +75,7 @@ class Load:
             work: how much each client has; None: all the same.
             workers: that are to share it.
         """
-        costs = [1.0 + (0.0 if work is None else work[self.exchange.client(p)]) for p in self.positions]
+        costs = [1.0 + (0.0 if work is None else work[self.exchange.clients[p]]) for p in self.positions]
         highest = 64 if self.cargo.heaviest < HEAVY and not self.exchange.singly else 1
         cut = blocks(costs, workers, 0 if self.exchange.singly else highest)
         count = len(self.positions)
@@ -181,7 +181,7 @@ class Dispatcher:
             free: list[int] = []
             rest: list[int] = []
             for position in positions:
-                client = exchange.client(position)
+                client = exchange.clients[position]
                 (rest if client in busy else free).append(position)
                 busy.add(client)
             if rest and exchange.fold is not None:  # a sum is made of all positions
@@ -260,7 +260,7 @@ class Dispatcher:
             load.replays.extend(Job(load, Block(0, index), [position]) for index, position in singles)
             return
         [position] = job.positions
-        client = exchange.client(position)
+        client = exchange.clients[position]
         taken = time.monotonic() - job.began
         if self._own_time(exchange) and taken >= exchange.timeout:  # type: ignore[operator]
             self._post(job, partial(exchange.take_late, position))
@@ -278,7 +278,7 @@ class Dispatcher:
 
     def _post(self, job: Job, call: Callable[[], None]) -> None:
         exchange = job.load.exchange
-        job.load.clients.difference_update(exchange.client(position) for position in job.positions)
+        job.load.clients.difference_update(exchange.clients[position] for position in job.positions)
         with self._news:
             exchange.post(call)
             self._news.notify_all()

@@ -55,9 +55,9 @@ class Exchange:
 
     Args:
         accepted: instructions in order of position.
-        turns: of each instruction: how many its client has had, this one included.
+        clients: partition id that each is for.
+        turns: how many instructions each of these clients has had, this one included.
         fold: how to sum the replies; None keeps them.
-        roster: who is who.
         tally: what is counted about replies.
         timeout: seconds that each client has from when it begins; None: no limit.
         singly: each reply is wanted as soon as it is there.
@@ -67,9 +67,9 @@ class Exchange:
     def __init__(
         self,
         accepted: Sequence[Message],
+        clients: Sequence[int],
         turns: Sequence[int],
         fold: Fold | None,
-        roster: FixedRoster,
         tally: Tally,
         *,
         timeout: float | None = None,
@@ -77,6 +77,7 @@ class Exchange:
         on_reply: Callable[[Message], None] | None = None,
     ) -> None:
         self.accepted = accepted
+        self.clients = clients
         self.turns = turns
         self.fold = fold
         self.timeout = timeout
@@ -84,7 +85,6 @@ class Exchange:
         self.sum = TreeSum()
         self._tally = tally
         self._on_reply = on_reply
-        self._roster = roster
         self._open = len(accepted)
         self._posted: deque[Callable[[], None]] = deque()
         self._collecting = Lock()
@@ -94,10 +94,6 @@ class Exchange:
         self._metrics: dict[int, Mapping[str, Any]] = {}
         self._refused: dict[int, str] = {}
         self._shapes: RecordDict | None = None  #: hollow arrays, the same for all good replies
-
-    def client(self, position: int) -> int:
-        """Partition id that the instruction at a position is for."""
-        return self._roster.client(self.accepted[position].metadata.dst_node_id)
 
     def round_of(self, position: int) -> Any:
         """The round that an instruction says it belongs to, or else its client's turn."""
@@ -159,7 +155,7 @@ class Exchange:
             return
         self._arrived(left.position, reply)
         if left.reply is not None and left.reason is not None:
-            self._refused[self.client(left.position)] = left.reason
+            self._refused[self.clients[left.position]] = left.reason
             self._replies[left.position] = left.reply
 
     def take_failed(self, position: int, reply: Message) -> None:
@@ -173,13 +169,13 @@ class Exchange:
     def take_late(self, position: int) -> None:
         """A client took too long: there is no reply."""
         self._open -= 1
-        self._tally.late(self.accepted[position], self.client(position))
+        self._tally.late(self.accepted[position], self.clients[position])
 
     def result(self) -> Replies:
         """Everything that came, in order of the instructions."""
         replies = Replies(self._replies[position] for position in sorted(self._replies))
         if self.fold is not None:
-            metrics = {self.client(position): self._metrics[position] for position in sorted(self._metrics)}
+            metrics = {self.clients[position]: self._metrics[position] for position in sorted(self._metrics)}
             replies.folded = Folded(self.sum.total(), metrics, self._refused)
         return replies
 

@@ -161,7 +161,7 @@ class BaseGrid(_flwr.BareGrid):
     ) -> Exchange:
         """An exchange of messages to nodes that are there."""
         self._patience.over()
-        accepted, turns = [], []
+        accepted, clients, turns = [], [], []
         contents: dict[int, RecordDict] = {}
         outgoing = list(outgoing)
         with self._accepting:
@@ -178,16 +178,17 @@ class BaseGrid(_flwr.BareGrid):
                         contents[id(content)] = _flwr.private_copy(content)
                     content = contents[id(content)]
                 # with metadata of its own: the server may send the same message again
-                accepted.append(_flwr.message_of(_flwr.metadata_row(message), content))
+                accepted.append(_flwr.posted(message, content))
+                clients.append(client)
                 self._turns[client] += 1
                 turns.append(self._turns[client])
         fold: Fold | None = None if pushed else fold_of(accepted, self.folding)
         limit = None if timeout is None or math.isinf(timeout) else timeout
         return Exchange(
             accepted,
+            clients,
             turns,
             fold,
-            self.roster,
             self.tally,
             timeout=limit,
             singly=pushed,
@@ -225,4 +226,4 @@ class BaseGrid(_flwr.BareGrid):
     def seed_of(self, exchange: Exchange, position: int) -> int:
         """Seed of an instruction from (run seed, round, kind, client), the same on every engine."""
         kind = exchange.accepted[position].metadata.message_type
-        return derive_seed(self.seed, exchange.round_of(position), kind, exchange.client(position))
+        return derive_seed(self.seed, exchange.round_of(position), kind, exchange.clients[position])

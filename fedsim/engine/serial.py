@@ -68,7 +68,7 @@ class SerialGrid(BaseGrid):
     def _run_next(self) -> None:
         """Run the client whose message has waited longest."""
         exchange, position, folder = self._waiting[0]
-        client = exchange.client(position)
+        client = exchange.clients[position]
         with threads_restored(self.threads), generators_restored():
             seed_everything(self.seed_of(exchange, position))
             reply, state = answer(

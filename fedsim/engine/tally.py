@@ -24,7 +24,7 @@ class _Count:
 
 @dataclass
 class Tally:
-    """Messages that were answered, by kind (`train`, `evaluate`, `query`, or the server's own).
+    """Messages that were answered, by type.
 
     Attributes:
         first: what is known about the first failure.
@@ -66,8 +66,8 @@ class Tally:
         Raises:
             NotEnoughReplies: no message at all, or none of those to train, was answered.
         """
-        training = self.kinds.get(messages.TRAIN, _Count())
-        for count, what in ((self._total(), "messages"), (training, "messages to train")):
+        for action, what in (("", "messages"), (messages.TRAIN, "messages to train")):
+            count = self._total(action)
             if count.asked and count.unanswered == count.asked:
                 said = f"no client did its work: all {count.asked} {what} failed; the first says: "
                 reason = self.first or ""
@@ -86,8 +86,9 @@ class Tally:
             parts.append(f"{sum(self.unknown.values())} messages went to nodes that are not there")
         return "; ".join(parts)
 
-    def _total(self) -> _Count:
-        counts = self.kinds.values()
+    def _total(self, action: str = "") -> _Count:
+        """Messages of all kinds, or of one action (`train`, `train.NAME`)."""
+        counts = [count for kind, count in self.kinds.items() if action in ("", kind.partition(".")[0])]
         return _Count(sum(count.asked for count in counts), sum(count.unanswered for count in counts))
 
     def _unanswered(self, sent: Message, reason: str) -> None:
@@ -99,7 +100,10 @@ class Tally:
                 self.first = reason
 
     def _kind(self, sent: Message) -> _Count:
-        return self.kinds.setdefault(sent.metadata.message_type.partition(".")[0], _Count())
+        kind = sent.metadata.message_type
+        if kind not in self.kinds:
+            self.kinds[kind] = _Count()
+        return self.kinds[kind]
 
 
 def _first_line(text: str) -> str:

@@ -2,10 +2,11 @@
 
     token ids int [n, L] ─ encoder ─> hidden states ─ mean over tokens ─> features [n, d] ─ Linear
 
-Token ids come with the data; they must be those of the encoder's own tokenizer. Data that know their tokenizer
-are refused where the numbers of words or the padding tokens differ. Padding may stand anywhere: it is moved behind the
-words first, so that a sample's features do not depend on where it is and how long. What an encoder may look at
-is its own affair: a decoder (GPT-2) keeps its causal mask; of an encoder-decoder (T5), the encoder is taken.
+Token ids come with the data; they must be those of the encoder's own tokenizer. Data that know their
+tokenizer are refused where the numbers of words or the padding tokens differ. Padding may stand anywhere: it
+is moved behind the words first, so that a sample's features do not depend on where it is and how long. What
+an encoder may look at is its own affair: a decoder (GPT-2) keeps its causal mask; of an encoder-decoder (T5),
+the encoder is taken.
 
 A BERT is divided into units: embeddings, layers, mean. What passes between them is [n, L, d + 1]: the last
 channel says which tokens are no padding (1 or 0), so that a layer needs nothing but what comes from below.
@@ -100,7 +101,7 @@ class TextBackbone(nn.Module):
 
 
 def takes_finished_mask(encoder: Any) -> bool:
-    """Whether a finished mask is all that the encoder's layers need: it is a plain BERT, which sees all tokens."""
+    """Whether its layers need no more than a finished mask: a plain BERT's, which see all tokens."""
     from transformers import BertModel
 
     config = encoder.config
@@ -110,9 +111,9 @@ def takes_finished_mask(encoder: Any) -> bool:
 def attention_of(encoder: Any, mask: Tensor) -> Tensor:
     """A mask [n, L], True at tokens that are no padding, as the encoder takes it.
 
-    Of a mask [n, L] every model of transformers makes what its own attention needs (a decoder adds that no token
-    sees a later one). For that it looks whether any padding is there at all, which waits for the device; so
-    a BERT gets a finished additive mask [n, 1, L, L].
+    Of a mask [n, L] every model of transformers makes what its own attention needs (a decoder adds that no
+    token sees a later one). For that it looks whether any padding is there at all, which waits for the
+    device; so a BERT gets a finished additive mask [n, 1, L, L].
     """
     if not takes_finished_mask(encoder):
         return mask.long()
@@ -127,12 +128,12 @@ def hf_model(data: DataInfo, /, *, name: str, pretrained: bool = True, pad: int 
         name: a folder with config.json and model.safetensors (relative to the experiment file, then to the
             current folder), or the model's name on the Hugging Face hub.
         pretrained: load the weights; otherwise they are random and only the configuration is read.
-        pad: the token id that pads samples, -1 where nothing pads; by default that of the data's tokenizer, or
-            `pad_token_id` in config.json.
+        pad: the token id that pads samples, -1 where nothing pads; by default that of the data's tokenizer,
+            or `pad_token_id` in config.json.
 
     Raises:
-        UserError: no such model, or samples are no sequences of token ids, or they are too long, or nobody knows
-            what pads them.
+        UserError: no such model, or samples are no sequences of token ids, or they are too long, or nobody
+            knows what pads them.
     """
     return _build(data, name, pretrained=pretrained, pad=pad)
 
@@ -197,13 +198,13 @@ def _padding(shown: str, data: DataInfo, config: Any, given: int | None) -> int 
     own = own if own is not None and own >= 0 else None
     if data.padding is None and own is None:
         raise UserError(
-            f"model '{shown}' names no pad_token_id in config.json: say which token id pads the samples, [model] pad = 0 "
-            "for instance, or pad = -1 where nothing does"
+            f"model '{shown}' names no pad_token_id in config.json: say which token id pads the samples, "
+            "[model] pad = 0 for instance, or pad = -1 where nothing does"
         )
     if data.padding is not None and own is not None and data.padding != own:
         raise UserError(
-            f"model '{shown}' pads with token {own}, the tokenizer of the data with {data.padding}; give the data the "
-            f'model\'s own ([data] tokenizer = "FOLDER"), or set [model] pad = {data.padding}'
+            f"model '{shown}' pads with token {own}, the tokenizer of the data with {data.padding}; give "
+            f'the data the model\'s own ([data] tokenizer = "FOLDER"), or set [model] pad = {data.padding}'
         )
     return own if data.padding is None else data.padding
 
@@ -269,8 +270,8 @@ def export_hf(model: Classifier, folder: Path) -> None:
         folder: an existing one.
 
     Raises:
-        UserError: the model is no text encoder, or the encoder of an encoder-decoder, or its tuning added modules that
-            transformers has no place for.
+        UserError: the model is no text encoder, or the encoder of an encoder-decoder, or its tuning added
+            modules that transformers has no place for.
     """
     import transformers
 
@@ -283,11 +284,12 @@ def export_hf(model: Classifier, folder: Path) -> None:
             f"this tuning added '{added[0]}' to the encoder, which transformers has no place for; "
             "use the exported safetensors"
         )
-    whole = transformers.MODEL_MAPPING.get(type(backbone.encoder.config), None)
+    mapping: Any = transformers.MODEL_MAPPING
+    whole = mapping.get(type(backbone.encoder.config), None)
     if whole is not None and not isinstance(backbone.encoder, whole):
         raise UserError(
-            f"this encoder is a part of a {whole.__name__}, which has no folder without its decoder; use the exported "
-            "safetensors"
+            "this is one half of an encoder-decoder, which transformers does not read without the other; use "
+            "the exported safetensors"
         )
     encoder: Any = merged(backbone.encoder)
     if backbone.pooler[0] is not None:

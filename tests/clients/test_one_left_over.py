@@ -1,4 +1,4 @@
-"""n mod batch_size = 1 where BatchNorm needs two samples: the one that is left over joins the batch before."""
+"""n mod batch_size = 1 where BatchNorm needs two samples: the one left over joins the batch before."""
 
 from __future__ import annotations
 

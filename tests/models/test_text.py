@@ -30,7 +30,8 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any], int | None]] = {
     "roberta": (transformers.RobertaConfig, {**_BERT, "pad_token_id": 1}, None),
     "distilbert": (
         transformers.DistilBertConfig,
-        {"vocab_size": WORDS, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 16},
+        {"vocab_size": WORDS, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32,
+         "max_position_embeddings": 16},
         None,
     ),
     "gpt2": (
@@ -150,7 +151,7 @@ def test_what_encodes_no_text_is_named_when_the_model_is_built(tmp_path: Path) -
 def test_half_of_an_encoder_decoder_has_no_folder_of_its_own(tmp_path: Path) -> None:
     model = make("t5", tmp_path)
     assert not any("decoder" in name for name in model.state_dict())
-    with pytest.raises(UserError, match="a part of a T5Model, .* use the exported safetensors"):
+    with pytest.raises(UserError, match=r"one half of an encoder-decoder, .* use the exported safetensors"):
         export_hf(model, tmp_path)
 
 
