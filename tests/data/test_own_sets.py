@@ -332,3 +332,18 @@ def test_text_among_numbers_is_no_attribute(tmp_path: Path) -> None:
     ages = np.array(["23", "NA", "41", "35"])
     with pytest.raises(UserError, match=r"'z_age' \(train\), sample 1: 'NA' is no number"):
         read(tmp_path, x=images(4, 5), y=np.arange(4) % 2, z_age=ages)
+
+
+def test_the_same_letters_are_the_same_class(tmp_path: Path) -> None:
+    """Accents are stored in two ways; a class of both would be two that look alike."""
+    written = np.array(["caf\u00e9", "cafe\u0301 ", "tea"])
+    found = read(tmp_path, x=images(6, 4, 4), y=written[[0, 1, 2, 0, 1, 2]])
+    assert found.classes == ("caf\u00e9", "tea")
+    named = read(tmp_path, x=images(6, 4, 4), y=written[[0, 1, 2, 0, 1, 2]], classes=written[1:])
+    assert named.classes == ("caf\u00e9", "tea")
+
+
+def test_an_archive_without_samples_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", x=images(0, 4, 4), y=np.arange(0))
+    with pytest.raises(UserError, match="the training set is empty"):
+        load_arrays(f"npz:{tmp_path / 'none.npz'}", {})
