@@ -62,9 +62,9 @@ def places(model: nn.Module) -> dict[str, Place]:
                 "neither be sent nor reset between clients: keep it in buffers (register_buffer)"
             )
         prefix = f"{path}." if path else ""
-        for key in module._parameters:
+        for key in list(module._parameters.keys()):  # tables of TorchScript cannot be iterated over
             found[prefix + key] = Place(module._parameters, key, True, True)
-        for key in module._buffers:
+        for key in list(module._buffers.keys()):
             persistent = key not in module._non_persistent_buffers_set
             found[prefix + key] = Place(module._buffers, key, False, persistent)
     for name, place in found.items():

@@ -124,8 +124,8 @@ class ServerStep:
         key = getattr(self.strategy, "weighted_by_key", messages.EXAMPLES)
         tree = TreeSum()
         for position, values, content in replies:
-            [metrics] = content.metric_records.values()
-            tree.add_leaf(values, float(metrics[key]), position)  # type: ignore[arg-type]
+            weight = content.metric_records[messages.METRICS][key]
+            tree.add_leaf(values, float(weight), position)  # type: ignore[arg-type]
         total = tree.total()
         if total is None:
             return {name: messages.views_of(self._sent)[name] for name in self.statistics}

@@ -94,6 +94,30 @@ def test_a_tied_tensor_travels_once_under_its_first_name() -> None:
     assert [entry.name for entry in kept.personal] == ["backbone.3.one.weight"]
 
 
+def test_torchscript_modules_are_reset_like_others() -> None:
+    model = nn.Sequential(
+        torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), nn.Linear(4, 2)
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    resident = Resident(model, before)
+
+    def changed() -> bool:
+        return any(not torch.equal(value, before[name]) for name, value in resident.tensors(before).items())
+
+    def train() -> None:
+        with torch.no_grad():
+            model(torch.randn(5, 3))
+            next(model.parameters()).add_(1)
+        assert changed()
+
+    train()
+    resident.reset()
+    assert not changed()
+    with resident.untouched():
+        train()
+    assert not changed()
+
+
 def test_a_frozen_buffer_that_moves_anyway_is_put_back() -> None:
     """Head tuning: nothing of the backbone travels, and its counter must not leak into the next client."""
     experiment = odd("expanded", tuning={"name": "head"}, features={"cache": False})

@@ -132,7 +132,7 @@ def unfit(x: Array) -> str:
             ("infinite numbers", np.isinf(x)),
             ("numbers beyond float32", np.isfinite(x) & (np.abs(x) > np.finfo(np.float32).max)),
         ):
-            rows = np.flatnonzero(bad.reshape(len(x), -1).any(1))
+            rows = np.flatnonzero(bad.any(axis=tuple(range(1, x.ndim))))
             if len(rows):
                 found.append(f"{what} in {len(rows)} of {len(x)} samples (the first: sample {rows[0]})")
     return "has " + " and ".join(found) if found else ""

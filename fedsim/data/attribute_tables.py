@@ -21,8 +21,9 @@ from fedsim.errors import UserError
 
 _WHOLE = re.compile(r"[-+]?\d+")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-#: what spreadsheets make of numbers: decimal commas, signs for thousands, units behind a space or percent
-_ALMOST = re.compile(r"[-+]?\d[\d.,' \u00a0\u202f]*([eE][-+]?\d+)?\s*%?")
+#: what spreadsheets make of numbers: decimal commas, signs for thousands, percent (no dates: 01.02.2020)
+_ALMOST = re.compile(r"[-+]?\d+([.,' \u00a0\u202f]\d{3})*([.,]\d*)?([eE][-+]?\d+)?\s*%?")
+_DIGITS = 18  #: of whole numbers that fit int64
 _MISSING = frozenset(["na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "missing", "inf", "-inf"])
 _SEPARATORS = ",;\t"
 
@@ -80,6 +81,12 @@ def typed(texts: Sequence[str], where: str, places: Sequence[str], name: str) ->
     """
     there = [text for text in texts if text]
     if there and all(_WHOLE.fullmatch(text) for text in there):
+        long = next((row for row, text in enumerate(texts) if len(text.lstrip("+-0")) > _DIGITS), None)
+        if long is not None:
+            raise UserError(
+                f"{where}: {places[long]}: {texts[long]} is too large for a code of '{name}'; put a letter "
+                "in front of ids, a decimal point behind numbers"
+            )
         return np.array([int(text) if text else UNKNOWN for text in texts], np.int64)
     odd = strange(texts)
     if odd is not None:

@@ -7,6 +7,7 @@ only where no name is a number: among folders 0, 1, 10, 11, 2 the number 4 could
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -93,21 +94,23 @@ def as_the_server(arrays: Arrays, names: Sequence[str], where: str) -> Arrays:
         return arrays
     used = np.union1d(arrays.train_y, arrays.test_y).tolist()
     wanted = [own[label] for label in used]
-    unknown = [name for name in wanted if name not in names]
+    theirs, ours = Counter(names), Counter(wanted)
+    unknown = [name for name in wanted if name not in theirs]
     if unknown:
         more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(
             f"{where}: the server knows no class '{unknown[0]}'{more}; its classes are {_listed(names)}; "
             'rename the class folder, or name the labels (an npz file: an array "classes")'
         )
-    twice = [name for name in wanted if names.count(name) > 1 or wanted.count(name) > 1]
+    twice = [name for name in wanted if theirs[name] > 1 or ours[name] > 1]
     if twice:
         raise UserError(
             f"{where}: class '{twice[0]}' occurs twice, here or in the server's data, so labels cannot be "
             "matched by name; rename one"
         )
+    position = {name: number for number, name in enumerate(names)}
     there = np.full(len(own), -1, np.int64)
-    there[used] = [names.index(name) for name in wanted]
+    there[used] = [position[name] for name in wanted]
     train_y, test_y = (there[np.asarray(labels)] for labels in (arrays.train_y, arrays.test_y))
     return replace(arrays, classes=tuple(names), train_y=train_y, test_y=test_y)
 

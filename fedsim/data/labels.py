@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +92,12 @@ def column(y: Array, path: str, key: str, notes: list[str]) -> Array:
         y = np.char.decode(y, "utf-8", "replace")
     if y.ndim != 1 or y.dtype.kind not in "uifbU":
         raise UserError(f"{path}: '{key}' must be integers or text [n], not {y.dtype} {list(y.shape)}")
-    return np.char.strip(y) if y.dtype.kind == "U" else y.astype(np.int64)
+    return np.array(_texts(y), str) if y.dtype.kind == "U" else y.astype(np.int64)
+
+
+def _texts(column: Array) -> list[str]:
+    """Stripped; the same letters are the same text, however a system stores accents."""
+    return [unicodedata.normalize("NFC", text.strip()) for text in column.tolist()]
 
 
 def _one_hot(y: Array) -> bool:
@@ -102,7 +108,7 @@ def _names(names: Array, path: str) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind not in "uiUS":
         raise UserError(f"{path}: 'classes' must be text [classes], not {names.dtype} {list(names.shape)}")
     texts = np.char.decode(names, "utf-8", "replace") if names.dtype.kind == "S" else names
-    return tuple(str(name) for name in texts)
+    return tuple(_texts(texts.astype(str)))
 
 
 def _positions(y: Array, classes: tuple[str, ...], path: str, key: str) -> Integers:

@@ -133,6 +133,8 @@ def _inputs(
 def _groups(rest: Mapping[str, Array], path: str, part: str, sizes: Mapping[str, int]) -> Integers | None:
     """Owners of a training part's samples."""
     if "groups" not in rest:
+        if "groups_val" in rest:
+            raise UserError(f"{path}: 'groups_val' names owners, but there is no key 'groups' for training")
         return None
     key = "groups" if part == "train" else "groups_val"
     if key not in rest:
@@ -153,13 +155,19 @@ def _attributes(
     rest: Mapping[str, Array], path: str, keys: _Keys, sizes: Mapping[str, int]
 ) -> tuple[tuple[Attribute, ...], dict[str, Column]]:
     """Attributes of an archive and their values by part."""
-    whole = keys["train"] == ("x", "y") or len(keys) == 1
+    columns_of = [key for key in rest if key.startswith("z_")]
+    whole = not any(key.endswith("_train") for key in columns_of)
     suffixes = {part: "" if part == "train" and whole else f"_{part}" for part in keys}
     others = tuple(suffix for suffix in suffixes.values() if suffix != suffixes["train"])
     found = []
-    for key in rest:
-        if not key.startswith("z_") or not key.endswith(suffixes["train"]) or key.endswith(others):
+    for key in columns_of:
+        other = next((suffix for suffix in others if key.endswith(suffix)), None)
+        if other is not None:
+            if (own := key.removesuffix(other) + suffixes["train"]) not in rest:
+                raise UserError(f"{path}: '{key}' is given, but there is no key '{own}' for training")
             continue
+        if not key.endswith(suffixes["train"]):
+            raise UserError(f"{path}: '{key}' is of no part; name it {key}_train, as the others")
         name = key.removeprefix("z_").removesuffix(suffixes["train"])
         missing = [other for s in suffixes.values() if (other := f"z_{name}{s}") not in rest]
         if missing:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -101,11 +102,10 @@ def tell_apart(classes: Sequence[str], readings: Sequence[Hashable]) -> None:
     blank = [number for number, name in enumerate(names) if not name]
     if blank:
         raise UserError(f"class {blank[0]} has no name for the text tower to read; give it one")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
         raise UserError(
-            f"classes of the same name get the same text feature: '{twice[0]}' occurs "
-            f"{names.count(twice[0])} times; rename them"
+            f"classes of the same name get the same text feature: '{name}' occurs {count} times; rename them"
         )
     read: dict[Hashable, str] = {}
     for name, reading in zip(names, readings, strict=False):

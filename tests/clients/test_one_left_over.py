@@ -101,12 +101,13 @@ def test_where_nothing_can_be_joined_the_fix_is_named(count: int, recipe: Recipe
     assert trained(plain, count, recipe)[0]["samples"] == count
 
 
-def test_maps_of_one_pixel_under_instance_norm_are_named() -> None:
+@pytest.mark.parametrize("count", [16, 17])
+def test_maps_of_one_pixel_under_instance_norm_are_named(count: int) -> None:
     task = build(tiny(model={"name": "tests.odd_models:one_pixel", "norm": "instance"}))
     with pytest.raises(
         UserError, match=r"InstanceNorm in this model gets maps of one pixel.*larger\s+images"
     ):
-        trained(task, 16)
+        trained(task, count)
 
 
 def left_over(*overrides: str, **tables: Any) -> Experiment:

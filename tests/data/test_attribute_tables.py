@@ -60,6 +60,16 @@ def test_text_stays_text_and_odd_values_are_said(tmp_path: Path) -> None:
     assert any("no images of the dataset: 1" in note for note in notes)
 
 
+def test_dates_and_versions_are_text(tmp_path: Path) -> None:
+    attributes, _, _ = column(tmp_path, "file,day\na/0.png,01.02.2020\na/1.png,03.11.2019\na/2.png,1.2.3\n")
+    assert attributes == (Attribute("day", ("01.02.2020", "03.11.2019", "1.2.3")),)
+
+
+def test_a_number_beyond_int64_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="line 3, column 'id': 99999999999999999999 is too large"):
+        column(tmp_path, "file,id\na/0.png,1\na/1.png,99999999999999999999\na/2.png,3\n")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

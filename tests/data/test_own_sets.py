@@ -75,6 +75,36 @@ def test_parts_for_validation_bring_owners_and_attributes(tmp_path: Path) -> Non
     assert found.train_z[:, 0].tolist() == [*z["z_age_train"], *z["z_age_val"]]
     with pytest.raises(UserError, match="there is no key 'groups_val'"):
         read(tmp_path, **parts, groups=y)
+    with pytest.raises(UserError, match="there is no key 'groups' for training"):
+        read(tmp_path, **parts, groups_val=y)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "own"),
+    [
+        ("X", "y", ""),
+        ("X", "y", "_train"),
+        ("x_train", "y_train", ""),
+        ("train_images", "train_labels", "_train"),
+    ],
+)
+def test_attributes_are_found_whatever_inputs_are_called(
+    inputs: str, labels: str, own: str, tmp_path: Path
+) -> None:
+    x, y, age = images(6, 4, 4), np.arange(6) % 2, np.arange(6) + 0.5
+    found = read(tmp_path, **{inputs: x, labels: y, f"z_age{own}": age}, x_test=x, y_test=y, z_age_test=age)
+    assert [attribute.name for attribute in found.attributes] == ["age"]
+    assert found.train_z is not None
+    assert found.train_z[:, 0].tolist() == age.tolist()
+
+
+def test_attributes_of_one_part_are_said(tmp_path: Path) -> None:
+    x, y, age = images(6, 4, 4), np.arange(6) % 2, np.arange(6) + 0.5
+    parts = {"x_train": x, "y_train": y, "x_test": x, "y_test": y}
+    with pytest.raises(UserError, match="'z_age_test' is given, but there is no key 'z_age' for training"):
+        read(tmp_path, **parts, z_age_test=age)
+    with pytest.raises(UserError, match="'z_sex' is of no part; name it z_sex_train"):
+        read(tmp_path, **parts, z_age_train=age, z_age_test=age, z_sex=age)
 
 
 @pytest.mark.parametrize(
@@ -302,3 +332,18 @@ def test_text_among_numbers_is_no_attribute(tmp_path: Path) -> None:
     ages = np.array(["23", "NA", "41", "35"])
     with pytest.raises(UserError, match=r"'z_age' \(train\), sample 1: 'NA' is no number"):
         read(tmp_path, x=images(4, 5), y=np.arange(4) % 2, z_age=ages)
+
+
+def test_the_same_letters_are_the_same_class(tmp_path: Path) -> None:
+    """Accents are stored in two ways; a class of both would be two that look alike."""
+    written = np.array(["caf\u00e9", "cafe\u0301 ", "tea"])
+    found = read(tmp_path, x=images(6, 4, 4), y=written[[0, 1, 2, 0, 1, 2]])
+    assert found.classes == ("caf\u00e9", "tea")
+    named = read(tmp_path, x=images(6, 4, 4), y=written[[0, 1, 2, 0, 1, 2]], classes=written[1:])
+    assert named.classes == ("caf\u00e9", "tea")
+
+
+def test_an_archive_without_samples_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", x=images(0, 4, 4), y=np.arange(0))
+    with pytest.raises(UserError, match="the training set is empty"):
+        load_arrays(f"npz:{tmp_path / 'none.npz'}", {})
