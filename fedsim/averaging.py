@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim import messages
-from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.errors import NotEnoughReplies, UserError, listed_clients
 from fedsim.gate import admit
 from fedsim.ranges import Count, Fraction, Share
 from fedsim.sums import TreeSum, Weighting
@@ -74,7 +74,7 @@ class WeightedAverage(Strategy):
 
     #: what an engine may do with the replies on their way here: sum them up (None: nothing)
     reduction: ClassVar[Literal["weighted-mean"] | None] = "weighted-mean"
-    #: entries that are no parameters (statistics of BatchNorm) are among what it aggregates, and it averages them
+    #: entries that are no parameters (statistics of BatchNorm) are among what it aggregates: it averages them
     whole_state: ClassVar[bool] = True
     #: attributes that live within one round only and are not part of a checkpoint
     transient: ClassVar[tuple[str, ...]] = ("_round",)
@@ -333,5 +333,5 @@ def shortage(first: str, refused: Mapping[int, str], silent: Sequence[int]) -> N
     if len(refused) > 5:
         lines.append(f"  and {len(refused) - 5} more")
     if silent:
-        lines.append(f"  no answer from clients {silent[:10]}")
+        lines.append(f"  no answer from {listed_clients(silent)}")
     return NotEnoughReplies("\n".join(lines))
