@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fedsim import messages
-from fedsim.errors import NotEnoughReplies, UserError
+from fedsim.errors import NotEnoughReplies, UserError, listed_clients
 from fedsim.gate import admit
 from fedsim.ranges import Count, Fraction, Share
 from fedsim.sums import TreeSum, Weighting
@@ -333,5 +333,5 @@ def shortage(first: str, refused: Mapping[int, str], silent: Sequence[int]) -> N
     if len(refused) > 5:
         lines.append(f"  and {len(refused) - 5} more")
     if silent:
-        lines.append(f"  no answer from clients {silent[:10]}")
+        lines.append(f"  no answer from {listed_clients(silent)}")
     return NotEnoughReplies("\n".join(lines))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedsim import messages
+from fedsim.errors import listed_clients
 from fedsim.messages import Replies, Roster
 
 _CURE = 'set compute.precision = "bf16" or "fp32", or lower client.lr'
@@ -35,8 +36,7 @@ def odd_losses(metrics: Mapping[int, Mapping[str, Any]]) -> list[int]:
 
 def of_losses(server_round: int, clients: Sequence[int], metrics: Mapping[int, Mapping[str, Any]]) -> str:
     """A line that names clients whose loss is no number although their weights are finite."""
-    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
-    who = f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients[:10]))}{more}"
+    who = listed_clients(clients)
     skipped = any(metrics[client].get(messages.SKIPPED) for client in clients)
     why = (
         f"fp16 left out steps whose gradients overflowed: {_CURE}"

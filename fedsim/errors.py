@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 
@@ -26,6 +26,11 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     """The first of some names, and how many more there are."""
     known = list(names)
     return ", ".join(known[:most]) + (f", and {len(known) - most} more" if len(known) > most else "")
+
+
+def listed_clients(clients: Sequence[int], most: int = 10) -> str:
+    """`client 3`, `clients 3, 5, and 8 more`."""
+    return f"{'client' if len(clients) == 1 else 'clients'} {listed(map(str, clients), most)}"
 
 
 def close_to(word: str, known: Iterable[str]) -> str | None:

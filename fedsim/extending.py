@@ -29,11 +29,13 @@ def extend(run: Run, rounds: int) -> list[str]:
         What the user should know, a line each.
 
     Raises:
-        UserError: rounds would be taken away, or the run would not be one of so many rounds.
+        UserError: rounds would be taken away, the run would not be one of so many rounds, or its clients were
+            nodes.
     """
     before = run.experiment()
     if rounds == before.rounds:
         return []
+    run.require_own_data("resume --rounds")
     with run.lock():
         _check_place(run)
         if rounds < before.rounds:

@@ -18,6 +18,7 @@ from typing import Any
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedsim import _flwr, messages
+from fedsim.errors import listed
 from fedsim.messages import Replies, Roster, Shapes
 
 
@@ -86,9 +87,8 @@ def _common(forms: Mapping[int, Mapping[str, str]]) -> tuple[list[str], dict[str
         usual = Counter(found.values()).most_common(1)[0][0]
         others = [client for client, form in found.items() if form != usual]
         if others:
-            said = ", ".join(f"client {client} sends {found[client]}" for client in others[:3])
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            odd[name] = f"{said}{more}, the others {usual}"
+            said = listed((f"client {client} sends {found[client]}" for client in others), most=3)
+            odd[name] = f"{said}, the others {usual}"
         else:
             common.append(name)
     return common, odd

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsim import messages
 from fedsim.averaging import WeightedAverage, shortage, weighted_metrics
+from fedsim.errors import listed_clients
 from fedsim.evaluation import unmeasured
 from fedsim.gate import admit, alike
 from fedsim.messages import Replies, Roster
@@ -19,8 +20,6 @@ from fedsim.strategy_state import innermost
 
 #: metrics of good replies by client
 Rows: TypeAlias = Mapping[int, Mapping[str, Any]]
-
-_LISTED = 10  #: clients that a notice names
 
 
 class Intake:
@@ -57,7 +56,7 @@ class Intake:
         answered = {client for client, _ in messages.by_client(received, self.who)}
         answered |= set(received.folded.metrics if received.folded is not None else ())
         if silent := [client for client in asked if client not in answered]:
-            self.notice(f"round {number}: no answer in time from {_listed(silent)}")
+            self.notice(f"round {number}: no answer in time from {listed_clients(silent)}")
         kinds = {message.metadata.message_type for message in out}
         if received.folded is not None or kinds not in ({messages.TRAIN}, {messages.EVALUATE}):
             return received
@@ -119,7 +118,7 @@ class Intake:
                     self._said.add((client, reason))
                     found.setdefault(reason, []).append(client)
         for reason, clients in found.items():
-            self.notice(f"round {number}: {_listed(sorted(clients))} left out of the mean: {reason}")
+            self.notice(f"round {number}: {listed_clients(sorted(clients))} left out of the mean: {reason}")
 
     # ------------------------------------------------------------------------------- internals
 
@@ -176,10 +175,3 @@ def _not_finite(row: Mapping[str, Any]) -> list[str]:
         for key, value in row.items()
         if key != "loss" and not is_finite(value)
     ]
-
-
-def _listed(clients: Sequence[int]) -> str:
-    """`client 3`, `clients 3, 5 and 8 more`."""
-    shown = ", ".join(map(str, clients[:_LISTED]))
-    more = f" and {len(clients) - _LISTED} more" if len(clients) > _LISTED else ""
-    return f"{'client' if len(clients) == 1 else 'clients'} {shown}{more}"

@@ -17,7 +17,8 @@ _TEXTS = frozenset({"name", "run", "strategy"})
 
 #: most bytes of a JSON text from outside, and how deep it may be nested
 SIZE, DEPTH = 8 * 2**20, 32
-_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{\]}]', re.DOTALL)
+#: possessive: else a string of 8 MB takes a gigabyte to remember where it could go back to
+_MARKS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{\]}]', re.DOTALL)
 
 
 def dump(value: Any, indent: int | None = None) -> str:

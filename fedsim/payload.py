@@ -34,6 +34,7 @@ from fedsim.messages import arrays_of, views_of
 from fedsim.resident import places
 
 LAYOUT = "layout"  #: key of the packed form's description in a content's config record
+_DIMENSIONS = 64  #: of an array, as numpy has it
 _FLAT = "flat."  #: packed arrays are named flat.<dtype>
 #: dtypes of the model that travel as another one
 _ON_THE_WIRE = {
@@ -361,6 +362,11 @@ def unpack(content: RecordDict) -> RecordDict:
     return plain
 
 
+def _is_shape(sizes: Sequence[Any]) -> bool:
+    """Whether an array can have them: the product of millions of numbers would take hours."""
+    return len(sizes) <= _DIMENSIONS and all(type(n) is int and n >= 0 for n in sizes)
+
+
 def _unflattened(flat: Mapping[str, NDArray[Any]], rows: object) -> dict[str, NDArray[Any]]:
     """Arrays by name, cut out of the flat ones.
 
@@ -375,7 +381,7 @@ def _unflattened(flat: Mapping[str, NDArray[Any]], rows: object) -> dict[str, ND
     values: dict[str, NDArray[Any]] = {}
     for row in rows if isinstance(rows, list) else [None]:
         match row:
-            case [str(name), str(kind), [*shape]] if all(type(n) is int and n >= 0 for n in shape):
+            case [str(name), str(kind), [*shape]] if _is_shape(shape):
                 source, size = _FLAT + kind, math.prod(shape)
             case _:
                 raise ValueError(f"the layout has {str(row)[:80]} where a name, a kind and a shape should be")

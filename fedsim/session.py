@@ -61,13 +61,13 @@ class Session:
             return
         if self.debug:
             traceback.print_exception(error)
-        if isinstance(error, UserError):
-            self._say(f"error: {error}")
-            raise typer.Exit(2) from None
+        ours = isinstance(error, UserError)
         hint = "" if self.debug else " (use --debug for the traceback)"
         first = str(error).splitlines()[0] if str(error) else ""
-        self._say(f"error: {type(error).__name__}: {first}{hint}")
-        raise typer.Exit(1) from None
+        self._say(f"error: {error}" if ours else f"error: {type(error).__name__}: {first}{hint}")
+        for note in getattr(error, "__notes__", ()):  # what went wrong before, which may be the cause
+            self._say(note)
+        raise typer.Exit(2 if ours else 1) from None
 
     def note(self, text: str) -> None:
         """One line that the user should know."""

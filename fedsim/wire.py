@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import zlib
@@ -33,8 +34,19 @@ POLL = 0.25
 
 
 def node_wait() -> float:
-    """Seconds that the server waits for its nodes (`FEDSIM_NODE_WAIT`, default 120)."""
-    return float(os.environ.get("FEDSIM_NODE_WAIT", "120"))
+    """Seconds that the server waits for its nodes (`FEDSIM_NODE_WAIT`, default 120).
+
+    Raises:
+        UserError: it is no number.
+    """
+    said = os.environ.get("FEDSIM_NODE_WAIT", "120")
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"FEDSIM_NODE_WAIT = '{said}': must be a number of seconds, such as 120")
+    return seconds
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_ordinary_runs_are_told_nothing(tmp_path: Path) -> None:
 
 
 def test_many_clients_are_counted_not_listed() -> None:
-    assert "clients 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 5 more, but" in of_losses(
+    assert "clients 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, and 5 more, but" in of_losses(
         3, range(15), {client: {} for client in range(15)}
     )
 

@@ -95,6 +95,15 @@ def test_what_cannot_be_longer_is_refused(tmp_path: Path) -> None:
         extend(Run.open(whole.folder / "baselines" / "local-only"), 4)
     assert extend(whole, 3) == []
     assert contents(whole.folder) == before
+    nodes = contents(whole.folder)[whole.folder / "origin.json"]
+    whole.made_on_nodes()
+    before = contents(whole.folder)
+    with pytest.raises(
+        UserError, match=r"was made on nodes.*fedsim resume --rounds would train on the data of"
+    ):
+        extend(whole, 4)
+    assert contents(whole.folder) == before
+    (whole.folder / "origin.json").write_bytes(nodes)
     (whole.folder / "lineage.json").write_text("{}")
     with pytest.raises(UserError, match=r"tiny is the result of forgetting, which is compared by its rounds"):
         extend(whole, 4)

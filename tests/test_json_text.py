@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from typing import Any
@@ -132,3 +134,26 @@ def test_a_layout_that_blows_up_is_not_blown_up() -> None:
         payload.unpack(packed({}, raw=bomb))
     assert tracemalloc.get_traced_memory()[1] < 4 * json_text.SIZE
     tracemalloc.stop()
+
+
+def test_the_look_at_depth_takes_little_memory_for_long_strings() -> None:
+    long = '"' + "x" * 2**20 + '\\"[' + '"'
+    code = (
+        "import resource, sys; from fedsim import json_text; text = sys.stdin.read(); "
+        "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = most(); "
+        "json_text.received(text, 'a text'); print(most() - before)"
+    )
+    text = f"[{long}, [{'[],' * 40}[]]]"
+    found = subprocess.run(
+        [sys.executable, "-c", code], input=text, capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 30  # MiB; it was 120
+
+
+@pytest.mark.parametrize("shape", [[2] * 100_000, [1] * 65])
+def test_a_shape_that_no_array_has_is_refused_at_once(shape: list[int]) -> None:
+    content = payload.pack(RecordDict({"arrays": arrays_of({"w": np.zeros(3, np.float32)})}))
+    text = json.dumps({"arrays": [["w", "<f4", shape]]}).encode()
+    content[payload.LAYOUT] = ConfigRecord({payload.LAYOUT: zlib.compress(text)})
+    with pytest.raises(ValueError, match="where a name, a kind and a shape should be"):
+        payload.unpack(content)

@@ -60,11 +60,12 @@ def connect(address: str | None, cpus: int) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(**options)
-    except ConnectionError as error:
-        raise _nobody(address) from error
-    except OSError as error:
-        raise _unfit(str(error)) from error
     except Exception as error:  # Ray's own class is the bare Exception: it gives itself 30 seconds
+        if isinstance(error, ConnectionError):
+            if address is not None:
+                raise _nobody(address) from error
+        elif isinstance(error, OSError):
+            raise _unfit(str(error)) from error
         raise UserError(
             f"Ray did not start ({error}); try again when the machine is less busy, or use the serial engine"
         ) from error
@@ -113,7 +114,7 @@ def _check_that_it_answers(address: str) -> None:
         raise _nobody(place) from error
 
 
-def _nobody(address: str | None) -> UserError:
+def _nobody(address: str) -> UserError:
     return UserError(
         f"engine.address = '{address}': no Ray cluster answers there; start one with 'ray start --head' or "
         "leave engine.address out"

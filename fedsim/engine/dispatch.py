@@ -114,9 +114,15 @@ class Dispatcher:
         self._tell(partial(self._give_up, exchange))
 
     def wait(self, exchanges: Sequence[Exchange], timeout: float | None = None) -> None:
-        """Until there is something to collect, `timeout` seconds at most."""
+        """Until there is something to collect, `timeout` seconds at most.
+
+        Raises:
+            RuntimeError: nothing comes any more, for the thread has ended.
+        """
         with self._news:
-            self._news.wait_for(lambda: any(exchange.news for exchange in exchanges), timeout)
+            self._news.wait_for(lambda: self._stopped or any(e.news for e in exchanges), timeout)
+            if self._stopped and not any(exchange.news or exchange.done for exchange in exchanges):
+                raise RuntimeError("the simulation has ended: its grid takes no messages any more")
 
     def close(self) -> None:
         """End the thread; calls that are under way are not waited for."""
@@ -141,7 +147,9 @@ class Dispatcher:
             load.cargo.close()
 
     def _stop(self) -> None:
-        self._stopped = True
+        with self._news:  # other threads of the server may still wait for replies
+            self._stopped = True
+            self._news.notify_all()
 
     def _obey(self) -> None:
         """Carry out commands; wait for one where nothing else is to be done."""
@@ -158,14 +166,13 @@ class Dispatcher:
         self._hand_out_all()
         if any(load.replays for load in self._active) and not any(load.jobs for load in self._active):
             self._pool.freshen()
-        ends = self._ends()
-        left = min((end - time.monotonic() for end, _ in ends), default=None)
+        left = min((end - time.monotonic() for end, _ in self._ends()), default=None)
         event = self._pool.wait(None if left is None else max(0.0, left))
         if event is not None:
             self._hand_out_all()  # nobody waits while a report is looked at
             self._take(event)
-        for end, slot in ends:
-            if time.monotonic() >= end and slot.calls:
+        for end, slot in self._ends():  # as they are now: a worker may just have died, or begun another job
+            if time.monotonic() >= end:
                 self._take(self._pool.end(slot, "it took too long"))
         for load in [load for load in self._active if not load.clients]:
             self._active.remove(load)

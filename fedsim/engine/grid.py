@@ -113,8 +113,8 @@ class BaseGrid(_flwr.BareGrid):
         unknown = [self._unknown(message_id) for message_id in ids if message_id not in self._pushed]
         replies = self._pulled(ids)
         if not replies and len(unknown) < len(ids):
-            asked = {self._pushed[message_id][0]: None for message_id in ids if message_id in self._pushed}
-            self._advance(list(asked))
+            asked = [self._pushed.get(message_id) for message_id in ids]  # another thread may pull them, too
+            self._advance(list(dict.fromkeys(found[0] for found in asked if found is not None)))
             replies = self._pulled(ids)
         return Replies([*replies, *unknown])
 
@@ -136,7 +136,8 @@ class BaseGrid(_flwr.BareGrid):
 
     def deliver(self) -> None:
         """Let clients answer whatever was pushed."""
-        for exchange in dict.fromkeys(exchange for exchange, _ in self._pushed.values()):
+        pushed = list(self._pushed.values())  # at once: other threads may be pulling
+        for exchange in dict.fromkeys(exchange for exchange, _ in pushed):
             self._finish(exchange)
 
     # ------------------------------------------------------------------------ for engines

@@ -86,7 +86,9 @@ def pass_on(client: int, printed: Sequence[str]) -> None:
         # of a progress bar, which returns to the start of its line, the last state is shown
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
         if text and stream is not None:
-            stream.write("".join(f"client {client}: {line}\n" for line in lines))
+            said = "".join(f"client {client}: {line}\n" for line in lines)
+            encoding = getattr(stream, "encoding", None) or "utf-8"  # which may lack what a client printed
+            stream.write(said.encode(encoding, "replace").decode(encoding))
             stream.flush()
 
 

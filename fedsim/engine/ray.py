@@ -32,6 +32,8 @@ from fedsim.ranges import Count, Positive
 
 #: seconds that a pull waits for the first reply, so that a server that only pulls leaves its core to others
 _MOMENT = 0.05
+#: seconds after which a wait looks up: another thread may have collected the last reply, which nobody tells
+_LOOK = 1.0
 
 
 class RayGrid(BaseGrid):
@@ -94,7 +96,7 @@ class RayGrid(BaseGrid):
     def _finish(self, exchange: Exchange) -> None:
         try:
             while not exchange.done:
-                self._dispatcher.wait([exchange])
+                self._dispatcher.wait([exchange], _LOOK)
                 exchange.collect()
         except BaseException:
             self._dispatcher.cancel(exchange)

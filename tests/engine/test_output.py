@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -97,6 +98,13 @@ def test_lines_have_the_number_of_their_client(capsys: pytest.CaptureFixture[str
     found = capsys.readouterr()
     assert found.out == "client 7: a\nclient 7: \nclient 7: b\n"
     assert found.err == "client 7: 20 %\n"
+
+
+def test_a_terminal_that_lacks_a_letter_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    pass_on(3, ["d\u00e9j\u00e0 vu\n", ""])
+    assert raw.getvalue() == b"client 3: d?j? vu\n"
 
 
 def test_a_worker_has_the_drivers_arguments_variables_and_filters(

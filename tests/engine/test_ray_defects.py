@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -148,3 +149,60 @@ def test_a_round_that_runs_out_of_time_does_not_occupy_workers() -> None:
     assert found[0] == 0
     assert found[1] < 1
     assert found[2] == 3
+
+
+def sleepy(seconds: float) -> ClientApp:
+    """Clients that sleep."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        time.sleep(seconds)
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
+def test_a_thread_that_still_waits_when_the_server_app_ends_is_told() -> None:
+    """It would keep the process from ending."""
+    server, said = ServerApp(), []
+
+    def send(grid: Any, out: list[Message]) -> None:
+        for message in out:  # under way when the simulation ends, and after that
+            with pytest.raises(RuntimeError, match="the simulation has ended") as told:
+                grid.send_and_receive([message])
+            said.append(told.value)
+
+    threads = []
+
+    @server.main()
+    def main(grid: Any, context: Context) -> None:
+        out = [Message(RecordDict(), dst_node_id=1000, message_type="query") for _ in range(2)]
+        threads.append(Thread(target=send, args=(grid, out), daemon=True))
+        threads[0].start()
+        time.sleep(0.5)
+
+    started = time.monotonic()
+    simulate(server, sleepy(60), 1, engine="ray", workers=1)
+    threads[0].join(20)
+    assert len(said) == 2
+    assert time.monotonic() - started < 50
+
+
+def test_the_end_does_not_wait_for_replies_that_another_thread_has_pulled() -> None:
+    server, got, threads = ServerApp(), [], []
+
+    @server.main()
+    def main(grid: Any, context: Context) -> None:
+        ids = grid.push_messages([Message(RecordDict(), dst_node_id=1000, message_type="query")])
+
+        def pull() -> None:
+            while not got:
+                got.extend(grid.pull_messages(ids))
+
+        threads.append(Thread(target=pull, daemon=True))
+        threads[0].start()
+
+    simulate(server, sleepy(1), 1, engine="ray", workers=1)
+    threads[0].join(20)
+    assert len(got) == 1
