@@ -17,7 +17,7 @@ def shared_ray() -> Iterator[None]:
         ray.shutdown()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray counts the GPUs that it names
-        ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
         patch.setattr(engine, "_torch_is_used", lambda: False)  # an import less in every worker
         yield
     ray.shutdown()

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def busy_app(folder: str) -> ClientApp:
         if said.get("wait-for", -1) == who:
             while not Path(folder, "go").exists() and time.monotonic() < end:
                 time.sleep(0.01)
+        while said.get("stubborn", -1) == who and time.monotonic() < end:
+            with suppress(BaseException):
+                time.sleep(1)
         if said.get("sleeper", -1) == who:
             time.sleep(60)
         if said.get("loses", -1) == who:

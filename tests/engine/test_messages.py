@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedsim import _flwr, messages
 from fedsim._flwr import quiet
-from fedsim.engine import waiting
+from fedsim.engine import dispatch, waiting
 from fedsim.engine.simulate import simulate
 from fedsim.errors import NotEnoughReplies, UserError
 from tests.engine.ray_apps import busy_app, faulty_app, importing_app
@@ -393,7 +393,7 @@ def test_a_sleeping_client_uses_up_nobodys_time(engine: dict[str, Any], tmp_path
     options = engine if engine is SERIAL else {**engine, "workers": 1}
     started = time.monotonic()
     assert serve(main, busy_app(str(tmp_path)), options) == ([0, 2, 3], [2, 1, 2, 2])
-    assert time.monotonic() - started < 50  # it would sleep for 60 s
+    assert time.monotonic() - started < 50  # it would take 60 s
 
 
 def test_a_client_that_ignores_the_alarm_is_late_all_the_same() -> None:
@@ -411,6 +411,21 @@ def test_a_client_that_ignores_the_alarm_is_late_all_the_same() -> None:
         return metric(grid.send_and_receive(to(grid, range(4)), timeout=0.1), "who")
 
     assert serve(main, app, SERIAL) == [0, 1, 3]
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_worker_that_does_not_notice_the_end_of_a_clients_time_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_GRACE", 0.5)
+
+    def main(grid: Any) -> Any:
+        late = grid.send_and_receive(to(grid, range(4), stubborn=1), timeout=0.5)
+        return metric(late, "who"), metric(grid.send_and_receive(to(grid, [2, 1])), "calls")
+
+    started = time.monotonic()
+    assert serve(main, busy_app(str(tmp_path)), {**RAY, "workers": 1}) == ([0, 2, 3], [2, 1])
+    assert time.monotonic() - started < 50  # it would take 60 s
 
 
 @pytest.mark.usefixtures("shared_ray")
