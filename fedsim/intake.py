@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Strategy
 
 from fedsim import messages
 from fedsim.averaging import WeightedAverage, shortage, weighted_metrics
-from fedsim.errors import listed_clients
+from fedsim.errors import listed, listed_clients
 from fedsim.evaluation import unmeasured
 from fedsim.gate import admit, alike
 from fedsim.messages import Replies, Roster
@@ -93,8 +94,14 @@ class Intake:
             arrays, metrics = self._trained_by_theirs(number, replies, rows)
         if arrays is None and rows and not self._weighs(rows):
             self.notice(f"round {number}: '{self.weight}' is 0 at every client, so the state stays as it was")
-        elif arrays is None and rows and averaged_by_flower(self.strategy):
+        elif arrays is None and rows and self.theirs:
             self.notice(f"round {number}: {type(self.strategy).__name__} leaves the state as it was")
+        if arrays is not None and "state" not in self._said and (odd := _broken(arrays)):
+            self._said.add("state")
+            self.notice(
+                f"round {number}: {type(self.strategy).__name__} made NaN or infinity of finite replies, in "
+                f"{listed(odd)}: lower its step size, or check its aggregate_train"
+            )
         return arrays, metrics
 
     def evaluated(self, number: int, replies: Replies) -> list[Mapping[str, Any]]:
@@ -159,6 +166,12 @@ class Intake:
 def averaged_by_flower(strategy: Strategy) -> bool:
     """Whether Flower's own code makes the new state."""
     return type(strategy).aggregate_train.__module__.startswith("flwr.")
+
+
+def _broken(arrays: ArrayRecord) -> list[str]:
+    """Names of arrays that hold NaN or infinity."""
+    values = messages.views_of(arrays)
+    return [name for name, v in values.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
 
 
 def is_finite(value: Any) -> bool:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim import json_text
-from fedsim.errors import UserError, nearest
+from fedsim.errors import UserError, listed, nearest
 from fedsim.messages import arrays_of, views_of
 from fedsim.resident import places
 
@@ -228,17 +228,22 @@ def conform(record: ArrayRecord, entries: Sequence[Entry]) -> ArrayRecord:
     a bfloat16 value: both are cast once, here.
 
     Raises:
-        ValueError: names or shapes differ.
+        UserError: names or shapes differ.
     """
-    values = views_of(record)
-    if set(values) != {entry.name for entry in entries}:
-        raise ValueError("the strategy returned other array names than it was given")
+    values, names = views_of(record), [entry.name for entry in entries]
+    if set(values) != set(names):
+        missing = [name for name in names if name not in values]
+        extra = [name for name in values if name not in names]
+        raise UserError(
+            "aggregate_train returned other array names than the strategy was given: "
+            f"missing {listed(missing) or 'none'}; unexpected {listed(extra) or 'none'}"
+        )
     out: dict[str, NDArray[Any]] = {}
     for entry in entries:
         array = values[entry.name]
         if tuple(array.shape) != entry.wire_shape:
-            raise ValueError(
-                f"the strategy returned '{entry.name}' with shape {array.shape}, not {entry.wire_shape}"
+            raise UserError(
+                f"aggregate_train returned '{entry.name}' with shape {array.shape}, not {entry.wire_shape}"
             )
         if entry.dtype == "bfloat16":
             array = torch.from_numpy(np.array(array, dtype=np.float32)).bfloat16().float().numpy()

@@ -90,7 +90,7 @@ class ServerStep:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the strategy makes of the parameters, and the mean of everything else."""
         if not self.statistics:
-            return self.strategy.aggregate_train(server_round, replies)
+            return _aggregated(self.strategy, server_round, replies)
         replies = list(replies)
         left: dict[int, tuple[int, Mapping[str, NDArray[Any]]]] = {}  # content -> position, statistics
         for position, (_, message) in enumerate(messages.by_client(replies, who)):
@@ -101,7 +101,7 @@ class ServerStep:
                 message.content = RecordDict({**message.content, messages.ARRAYS: rest})
                 left[id(message.content)] = position, values
         with _noted(self.strategy) as used:
-            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+            arrays, metrics = _aggregated(self.strategy, server_round, replies)
         if arrays is None:
             return None, metrics
         chosen = used if used else [message.content for message in replies if message.has_content()]
@@ -130,6 +130,20 @@ class ServerStep:
         if total is None:
             return {name: messages.views_of(self._sent)[name] for name in self.statistics}
         return total.mean({name: self._sent[name].dtype for name in self.statistics})
+
+
+def _aggregated(
+    strategy: Strategy, server_round: int, replies: Iterable[Message]
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """What the strategy returns, if it has the form that Flower asks for."""
+    found: object = strategy.aggregate_train(server_round, replies)
+    match found:
+        case (ArrayRecord() | None as arrays, MetricRecord() | None as metrics):
+            return arrays, metrics
+    raise UserError(
+        f"round {server_round}: {type(strategy).__name__}.aggregate_train returned {type(found).__name__}; "
+        "it must return two values: an ArrayRecord or None, and a MetricRecord or None"
+    )
 
 
 def _without(record: ArrayRecord, names: frozenset[str]) -> ArrayRecord:

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Strategy
 from fedsim import messages
 from fedsim.averaging import WeightedAverage
 from fedsim.engine.simulate import simulate
-from fedsim.errors import NotEnoughReplies
+from fedsim.errors import NotEnoughReplies, UserError
 from fedsim.intake import Intake
 from fedsim.messages import Replies
 from fedsim.server_step import ServerStep
@@ -347,6 +347,36 @@ def test_a_strategy_may_say_what_replies_hold() -> None:
     assert taken.refused == {BAD: "'sketch' is float64(3,), expected float64(2,)"}
     assert taken.arrays is not None
     np.testing.assert_array_equal(taken.arrays["sketch"], 2.0)
+
+
+def _returning(found: object) -> type[Strategy]:
+    """A user's strategy whose `aggregate_train` returns what it should not."""
+
+    class Wrong(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            return found
+
+    return Wrong
+
+
+def test_a_state_that_a_strategy_breaks_is_named_once() -> None:
+    broken = messages.arrays_of({"w": np.array([1, np.nan, 2], np.float32)})
+    taken = take(_returning((broken, None))(), lambda client, own: None)
+    assert taken.notices == [
+        "round 1: Wrong made NaN or infinity of finite replies, in w: lower its step size, or check its "
+        "aggregate_train"
+    ]
+
+
+def test_a_users_strategy_that_keeps_the_state_says_so() -> None:
+    taken = take(_returning((None, None))(), lambda client, own: None)
+    assert taken.notices == ["round 1: Wrong leaves the state as it was"]
+
+
+@pytest.mark.parametrize("found", [3, None, (None,), ({"w": 1}, None)])
+def test_what_aggregate_train_must_return_is_said(found: object) -> None:
+    with pytest.raises(UserError, match=r"round 1: Wrong\.aggregate_train returned .*an ArrayRecord or None"):
+        take(_returning(found)(), lambda client, own: None)
 
 
 def test_an_error_reply_of_nobody_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:

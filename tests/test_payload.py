@@ -115,7 +115,7 @@ def test_conform_brings_a_strangers_dtypes_back() -> None:
     expected = torch.tensor([1.001, 3.0]).bfloat16().float().numpy()
     np.testing.assert_array_equal(fixed["h"], expected)
     assert fixed["w"].dtype == np.float32
-    with pytest.raises(ValueError, match="other array names"):
+    with pytest.raises(UserError, match="missing h, w; unexpected none"):
         payload.conform(messages.arrays_of({"n": np.array(1)}), entries)
 
 
