@@ -141,7 +141,8 @@ class WireGrid(_flwr.BareGrid):
         waiting = dict.fromkeys(self.push_messages(messages))
         replies: list[Message] = []
         while waiting and time.monotonic() < deadline:
-            came = list(self.pull_messages(list(waiting)))
+            pulled = self.pull_messages(list(waiting))
+            came = [reply for reply in pulled if reply.metadata.reply_to_message_id in waiting]
             for reply in came:
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 replies.append(reply)

@@ -64,7 +64,9 @@ def opened(path: str) -> Iterator[Any]:
         raise UserError(f"no file '{path}' (key 'path' of [data] name = \"npz:PATH\")") from None
     except DAMAGE as error:
         reason = _reason(error)
-        hint = "it must be made with np.savez" if "pickle" in reason else "copy or download it again"
+        hint = "copy or download it again"
+        if "pickle" in reason:  # numpy takes whatever it does not know for a pickle
+            reason, hint = "it is not in NumPy's format", "make it with np.savez"
         raise UserError(f"{path}: not a readable .npz archive ({reason}); {hint}") from error
     if not hasattr(archive, "files"):
         raise UserError(f"{path}: a single array, not an .npz archive; write it with np.savez")

@@ -241,7 +241,8 @@ def load_own(
 
     Args:
         path: an .npz archive, or a folder of images.
-        options: keys of the server's `[data]`; of these `size`, `layout` and `value_range` apply here, too.
+        options: keys of the server's `[data]`; of these `size`, `layout`, `value_range`
+            and `test_fraction` apply here, too.
         client: which client the node is.
         clients: how many there are; the others have nothing here.
         classes: names of the server's, whose labels the node's own become; it need not have all of them.
@@ -256,9 +257,8 @@ def load_own(
     """
     kind = "imagefolder" if any((root / path).is_dir() for root in [*roots, Path.cwd()]) else "npz"
     taken = inspect.signature(registry.resolve("datasets", f"{kind}:{path}").target).parameters
-    shared = {
-        key: options[key] for key in ("size", "layout", "value_range") if key in options and key in taken
-    }
+    applies = ("size", "layout", "value_range", "test_fraction")
+    shared = {key: options[key] for key in applies if key in options and key in taken}
     arrays = as_the_server(_ranged(f"{kind}:{path}", shared, roots, ranges), classes, path)
     if attributes:
         arrays = replace(arrays, attributes=attributes, **_conformed(arrays, attributes, path))

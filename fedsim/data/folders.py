@@ -129,7 +129,10 @@ def _enter(folder: Path, tree: Tree, seen: set[tuple[int, int]], links: list[Pat
             continue
         try:
             status = path.stat()
-        except OSError:
+        except OSError as error:
+            if not path.is_symlink():
+                said = f"{path}: cannot be read ({error.strerror}); check its permissions"
+                raise UserError(said) from error
             tree.dead.append(path)
             continue
         if not path.is_dir():

@@ -185,7 +185,7 @@ def _open(folder: Path) -> Arrays | None:
             notes=tuple(meta["notes"]),
             ranges=pixels.from_json(meta["ranges"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, UserError):
         return None
 
 
