@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +128,10 @@ def test_the_quickstart_reaches_what_the_readme_says() -> None:
 
 
 def test_the_quickstart_is_what_the_table_says(tmp_path: Path) -> None:
-    """Seed 0 run here: the same start, the same end (other processors round differently), below 60 s."""
+    """Seed 0 run here: the same start, the same end (other processors round differently)."""
     results = json.loads((ROOT / "experiments" / "results" / "quickstart.json").read_text("utf-8"))
     listed = next(r["summary"] for r in results if r["cell"]["seed"] == 0)
-    began = time.perf_counter()
     summary = run(config.load("quickstart", ["baselines=[]"]), tmp_path).summary
-    assert time.perf_counter() - began < 60
     for key in ("rounds", "clients", "bytes_up", "bytes_down"):
         assert summary[key] == listed[key]
     assert abs(summary["accuracy_start"] - listed["accuracy_start"]) < 0.01

@@ -7,6 +7,7 @@ C, child processes and a crashing interpreter print, too.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -58,6 +59,11 @@ class Capture:
             file = _opened(path)
             os.dup2(file, stream)
             os.close(file)
+        for text in (sys.stdout, sys.stderr):
+            if isinstance(text, io.TextIOWrapper):
+                text.reconfigure(
+                    line_buffering=True
+                )  # in order with child processes, and there after a crash
 
     def taken(self) -> list[str]:
         """What was printed since the last time, on stdout and on stderr; empty if nothing was."""

@@ -105,7 +105,7 @@ def test_the_command_erases_beside_the_run_and_goes_on_where_it_stopped(tmp_path
         (["--attribute", "colour"], "the data have no attribute 'colour'"),
         (
             ["--attribute", "tint", "--class", "9"],
-            "say what to forget: --class 9, --client 3, or --attribute",
+            "--class 9 and --attribute tint: one request forgets one kind; choose one",
         ),
         (["--attribute", "tint", "--method", "prune"], "attributes are erased by LEACE"),
         (["--attribute", "tint", "--relearn", "2"], "--relearn is for classes and clients"),

@@ -214,7 +214,7 @@ def test_a_name_with_commas_is_one_class(runs: Path) -> None:
     ("arguments", "said"),
     [
         ([], "say what to forget: --class 9, --client 3, or --attribute gender"),
-        (["--class", "1", "--client", "1"], "--class and --client: one request forgets one kind; choose one"),
+        (["--class", "1", "--client", "1"], "--class 1 and --client 1: one request forgets one kind"),
         (["--class", "ten"], "there is no such class; by number 0 to 9, or by name: "),
         (["--class", "²"], "there is no such class"),
         (["--class", ","], "--class is empty"),
