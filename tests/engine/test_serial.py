@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from fedsim import messages
+from fedsim import _flwr, messages
 from fedsim._flwr import quiet
 from fedsim.engine.serial import SerialGrid
 from fedsim.engine.simulate import simulate
@@ -247,10 +247,21 @@ def test_ten_thousand_clients_cost_nothing_before_they_are_asked() -> None:
     assert large - small < 50e6
 
 
-def test_overhead_per_client_is_below_a_millisecond(tmp_path: Path) -> None:
+def _stock_message() -> float:
+    """Seconds of this process in which Flower makes and reads one message of 1 KB, at its own speed."""
+    started = time.process_time()
+    for _ in range(300):
+        record = ArrayRecord([np.zeros(250, np.float32)])
+        content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1, "loss": 0.5})})
+        Message(content, dst_node_id=1, message_type="train")
+        record.to_numpy_ndarrays()
+    return (time.process_time() - started) / 300
+
+
+def test_overhead_per_client_is_a_few_messages(tmp_path: Path) -> None:
     """Everything but training: 1 KB of shared state, 300 clients, rounds, grid, payload and run folder.
 
-    In seconds of this process: other processes of the machine do not count.
+    Measured beside what Flower needs for one message, in seconds of this process.
     """
 
     class Clock(Hook):
@@ -270,4 +281,6 @@ def test_overhead_per_client_is_below_a_millisecond(tmp_path: Path) -> None:
     )
     result = run(experiment, tmp_path, Clock())
     assert result.summary["bytes_up"] == 7 * 300 * 1000
-    assert np.median(np.diff(Clock.ends)[1:]) / 300 < 1e-3
+    with _flwr.acting_as_server(1):
+        stock = np.median([_stock_message() for _ in range(5)])
+    assert np.median(np.diff(Clock.ends)[1:]) / 300 < 8 * stock
