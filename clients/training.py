@@ -199,6 +199,7 @@ def fit(
     task.anchors = [anchor for _, anchor in anchors]
     total = torch.zeros((), dtype=torch.float64, device=task.device)
     seen = steps = skipped = 0
+    scale = task.scaler.get_scale()
     take = getattr(step, "batch", Task.train_batch)
     joins = _leaves_one(len(rows), recipe) and not _takes_one(task, rows, step)
     if joins:
@@ -214,11 +215,11 @@ def fit(
                 parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
         if recipe.clip > 0:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        before = task.scaler.get_scale()
         task.scaler.step(optimizer)
         task.scaler.update()
+        before, scale = scale, task.scaler.get_scale()  # waits for the device, so once a step
         steps += 1
-        skipped += task.scaler.get_scale() < before  # it shrinks when a step was left out, and only then
+        skipped += scale < before  # it shrinks when a step was left out, and only then
         if task.constrain is not None:
             task.constrain()
         total += loss.double() * len(batch)

@@ -59,18 +59,16 @@ class Capture:
             file = _opened(path)
             os.dup2(file, stream)
             os.close(file)
+        # line by line, prints stay in order with those of child processes, and a crash loses none
         for text in (sys.stdout, sys.stderr):
             if isinstance(text, io.TextIOWrapper):
-                text.reconfigure(
-                    line_buffering=True
-                )  # in order with child processes, and there after a crash
+                text.reconfigure(line_buffering=True)
 
     def taken(self) -> list[str]:
         """What was printed since the last time, on stdout and on stderr; empty if nothing was."""
         for stream in (sys.stdout, sys.stderr):
-            with suppress(
-                AttributeError, OSError, ValueError
-            ):  # a client has closed it, or put something there
+            # a client may have closed it, or put something else there
+            with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
         sizes = [os.fstat(stream).st_size for stream in self._streams]
         if not any(sizes):
